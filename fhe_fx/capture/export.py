@@ -1,0 +1,197 @@
+"""Captures a whole model as one graph of core ATen operators that knows its submodules.
+
+`torch.export` records the module stack of every node. The arguments and results of each target are
+marked besides, by two identity operators that hooks insert while the model is traced, so that the
+graph's edges can be matched with the arguments of the module's own `forward`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fhe_fx.errors import CaptureError
+from fhe_fx.ir.ops import ENTER, LEAVE
+from fhe_fx.ir.program import Program
+from fhe_fx.options import Options
+
+__all__ = ["capture", "decompose", "program_of"]
+
+_KEPT_WHOLE = (
+    torch.ops.aten.matmul.default,
+    torch.ops.aten.scaled_dot_product_attention.default,
+    torch.ops.aten.linear.default,
+)
+"""Operators whose decomposition would hide the structure that the passes look for."""
+
+
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], targets: Sequence[str]
+) -> Program:
+    """Trace a model with the arguments and results of `targets` marked.
+
+    Args:
+        model: in eval mode; hooks are put on the targets while it is traced, and removed.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+        targets: dotted paths.
+
+    Raises:
+        CaptureError: if torch.export cannot capture the model.
+    """
+    with _marked(model, targets):
+        try:
+            exported = _quietly(
+                lambda: torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+            )
+        except Exception as error:
+            raise CaptureError(_explain(model, error)) from error
+    return program_of(exported, name=type(model).__name__)
+
+
+def program_of(exported: torch.export.ExportedProgram, name: str) -> Program:
+    """Turn an exported program into a program whose graph is core ATen with constants folded."""
+    return Program(decompose(exported), name=name, options=Options())
+
+
+def decompose(exported: torch.export.ExportedProgram) -> fx.GraphModule:
+    """Lower an exported program to core ATen and fold what does not depend on its inputs.
+
+    Returns:
+        A graph whose placeholders are the tensors among the flattened inputs and whose output is
+        the tuple of tensors among the flattened results.
+    """
+    table = torch.export.default_decompositions()
+    for op in _KEPT_WHOLE:
+        table.pop(op, None)
+    lowered = _quietly(lambda: exported.run_decompositions(table))
+    module = _quietly(lambda: lowered.module(check_guards=False))
+    module.graph.set_codegen(fx.graph.CodeGen())
+    output = next(iter(reversed(module.graph.nodes)))
+    leaves = [n for n in pytree.tree_leaves(output.args[0]) if isinstance(n, fx.Node)]
+    output.args = (tuple(leaves),)
+    for node in list(module.graph.nodes):
+        if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
+            node.replace_all_uses_with(None)  # type: ignore[arg-type]
+            module.graph.erase_node(node)
+        elif node.op == "call_function" and not node.users and node.op != "output":
+            if "_assert" in str(node.target) or "_guards" in str(node.target):
+                module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    _locate(module)
+    _fold_constants(module)
+    module.recompile()
+    return module
+
+
+@contextlib.contextmanager
+def _marked(model: nn.Module, targets: Sequence[str]) -> Iterator[None]:
+    """Mark the tensors that enter and leave each target while the model is traced."""
+
+    def mark(op: Any, path: str, tree: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(tree)
+        marked = [
+            op(x, path, i) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for i, x in enumerate(leaves)
+        ]
+        return pytree.tree_unflatten(marked, spec)
+
+    handles = []
+    for path in targets:
+        module = model.get_submodule(path)
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda m, a, k, path=path: mark(ENTER, path, (a, k)), with_kwargs=True
+            )
+        )
+        handles.append(
+            module.register_forward_hook(
+                lambda m, a, k, out, path=path: mark(LEAVE, path, out), with_kwargs=True
+            )
+        )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _quietly(action: Any) -> Any:
+    """Run an export step without the warnings that torch gives about itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return action()
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    name, text = type(model).__name__, str(error)
+    where = re.findall(r'File "([^"]+)", line (\d+)', text)
+    line = f" ({where[-1][0].rsplit('/', 1)[-1]}:{where[-1][1]})" if where else ""
+    if "data-dependent" in text.lower() or "GuardOnDataDependent" in type(error).__name__:
+        return (
+            f"{name} branches on the values of its tensors{line}; a circuit has no branches. "
+            f"Replace the branch by torch.where, or encrypt a submodule that does not contain it."
+        )
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return (
+        f"torch.export cannot capture {name}: {first}{line}. "
+        f"Check that the model runs on the example inputs, and that its forward is exportable."
+    )
+
+
+def _locate(module: fx.GraphModule) -> None:
+    """Write module path and source line of every node under short keys of its meta."""
+    for node in module.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            node.meta["module_stack"] = tuple(
+                str(path).split("@")[0] for path, _ in stack.values()
+            )
+            node.meta["module_path"] = node.meta["module_stack"][-1]
+        frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+        own = [f for f in frames if "/torch/" not in f[0]] or frames
+        if own:
+            node.meta["source"] = f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}"
+
+
+class _Folder(fx.Interpreter):
+    """Evaluates the nodes of a graph that do not depend on its placeholders."""
+
+    def fold(self) -> dict[fx.Node, Any]:
+        known: dict[fx.Node, Any] = {}
+        for node in self.module.graph.nodes:
+            if node.op == "get_attr":
+                known[node] = self.fetch_attr(str(node.target))
+            elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
+                args = fx.node.map_arg(node.args, known.__getitem__)
+                kwargs = fx.node.map_arg(node.kwargs, known.__getitem__)
+                with torch.no_grad():
+                    known[node] = node.target(*args, **kwargs)
+        return known
+
+
+def _fold_constants(module: fx.GraphModule) -> None:
+    known = _Folder(module).fold()
+    needed = [
+        n for n in known
+        if n.op != "get_attr" and isinstance(known[n], Tensor)
+        and any(u not in known for u in n.users)
+    ]
+    for number, node in enumerate(needed):
+        name = f"folded_{number}"
+        module.register_buffer(name, known[node].detach().clone())
+        with module.graph.inserting_before(node):
+            constant = module.graph.get_attr(name)
+        constant.meta.update(
+            {k: node.meta[k] for k in ("val", "module_path", "source") if k in node.meta}
+        )
+        node.replace_all_uses_with(constant)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()

@@ -1,0 +1,170 @@
+"""The operators of the dialect that PyTorch does not have, registered with `torch.library`.
+
+The dialect has two stages with the same affine and structural operators:
+
+* *float*: elementwise functions are `call_module` nodes (one function of one tensor), products of
+  two encrypted tensors are `aten.mul` and `aten.matmul`, and `masked_softmax` is one operator;
+* *integer*: affine operators have integer constants, and the only other operator is `lookup`.
+
+Every operator has a meaning in eager PyTorch, so a program of either stage simply runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ENTER",
+    "LEAVE",
+    "LINEAR",
+    "LOOKUP",
+    "MASKED_SOFTMAX",
+    "PUT_PAIRS",
+    "SCALE",
+    "SHIFT",
+    "TAKE_PAIRS",
+]
+
+_EXACT_IN_DOUBLE = float(1 << 53)
+
+
+@torch.library.custom_op("fhe_fx::enter", mutates_args=())
+def _enter(x: Tensor, path: str, leaf: int) -> Tensor:
+    """Mark tensor number `leaf` of the arguments of module `path`; the identity."""
+    return x.clone()
+
+
+@_enter.register_fake
+def _(x: Tensor, path: str, leaf: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("fhe_fx::leave", mutates_args=())
+def _leave(x: Tensor, path: str, leaf: int) -> Tensor:
+    """Mark tensor number `leaf` of the results of module `path`; the identity."""
+    return x.clone()
+
+
+@_leave.register_fake
+def _(x: Tensor, path: str, leaf: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("fhe_fx::scale", mutates_args=())
+def _scale(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply by a clear tensor that broadcasts to the shape of x. Affine: no look-up."""
+    return x * factor
+
+
+@_scale.register_fake
+def _(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("fhe_fx::shift", mutates_args=())
+def _shift(x: Tensor, offset: Tensor) -> Tensor:
+    """Add a clear tensor that broadcasts to the shape of x. Affine: no look-up."""
+    return x + offset
+
+
+@_shift.register_fake
+def _(x: Tensor, offset: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("fhe_fx::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Matrix product with a clear matrix on the right, exact on integers. Affine: no look-up."""
+    if x.dtype.is_floating_point:
+        return torch.matmul(x, weight.to(x.dtype))
+    bound = x.abs().max().double() * weight.abs().max().double() * weight.shape[-2]
+    if float(bound) < _EXACT_IN_DOUBLE:  # BLAS has no integers; doubles are exact here
+        return torch.matmul(x.double(), weight.double()).round().long()
+    return torch.matmul(x, weight)
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(torch.broadcast_shapes(x.shape[:-2], weight.shape[:-2])
+                       + (x.shape[-2], weight.shape[-1]))
+
+
+@torch.library.custom_op("fhe_fx::take_pairs", mutates_args=())
+def _take_pairs(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Gather `x[..., rows[p], columns[p]]` for every pair p. Structural: no look-up."""
+    return x[..., rows, columns]
+
+
+@_take_pairs.register_fake
+def _(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-2], rows.shape[0]))
+
+
+@torch.library.custom_op("fhe_fx::put_pairs", mutates_args=())
+def _put_pairs(x: Tensor, rows: Tensor, columns: Tensor, n_rows: int, n_columns: int) -> Tensor:
+    """Put `x[..., p]` at row `rows[p]`, column `columns[p]` of a matrix of zeros. Structural."""
+    out = x.new_zeros((*x.shape[:-1], n_rows, n_columns))
+    out[..., rows, columns] = x
+    return out
+
+
+@_put_pairs.register_fake
+def _(x: Tensor, rows: Tensor, columns: Tensor, n_rows: int, n_columns: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n_rows, n_columns))
+
+
+@torch.library.custom_op("fhe_fx::masked_softmax", mutates_args=())
+def _masked_softmax(x: Tensor, live: Tensor, is_log: bool) -> Tensor:
+    """Softmax over the last dimension, or its logarithm, among the entries where `live` is true.
+
+    Entries that are not live are zero, and so is a row without live entries.
+    """
+    live = live.expand(x.shape)
+    function = torch.log_softmax if is_log else torch.softmax
+    result = function(x.masked_fill(~live, -torch.inf), -1)
+    return torch.where(live, result, torch.zeros_like(result))
+
+
+@_masked_softmax.register_fake
+def _(x: Tensor, live: Tensor, is_log: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("fhe_fx::lookup", mutates_args=())
+def _lookup(x: Tensor, tables: Tensor, which: Tensor, bits: int, lsbs: int) -> Tensor:
+    """Programmable bootstrap: round away `lsbs` low bits of x, then read a table of `2**bits`.
+
+    Args:
+        x: accumulators, signed, int64, of any shape.
+        tables: distinct tables, `[n_tables, 2**bits]`, int64; entry i answers the rounded
+            value `i - 2**(bits-1)`.
+        which: the row of `tables` that each element reads; broadcasts to the shape of x.
+        bits: input bits of the look-up, after rounding.
+        lsbs: low bits removed by the rounding.
+
+    A value outside `[-2**(bits-1), 2**(bits-1))` wraps as it does under encryption, where the
+    table continues anti-periodically: one period on, it answers minus the entry (TFHE's blind
+    rotation is modulo X^N + 1; Chillotti et al. 2020, section 4).
+    """
+    n = tables.shape[-1]
+    rounded = (x + (1 << (lsbs - 1)) >> lsbs) if lsbs else x
+    index = torch.remainder(rounded + n // 2, 2 * n)
+    sign = torch.where(index < n, 1, -1)
+    return sign * tables[which.expand(x.shape), torch.remainder(index, n)]
+
+
+@_lookup.register_fake
+def _(x: Tensor, tables: Tensor, which: Tensor, bits: int, lsbs: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+ENTER = torch.ops.fhe_fx.enter.default
+LEAVE = torch.ops.fhe_fx.leave.default
+SCALE = torch.ops.fhe_fx.scale.default
+SHIFT = torch.ops.fhe_fx.shift.default
+LINEAR = torch.ops.fhe_fx.linear.default
+TAKE_PAIRS = torch.ops.fhe_fx.take_pairs.default
+PUT_PAIRS = torch.ops.fhe_fx.put_pairs.default
+MASKED_SOFTMAX = torch.ops.fhe_fx.masked_softmax.default
+LOOKUP = torch.ops.fhe_fx.lookup.default

@@ -1,0 +1,224 @@
+"""The contract of a pass, the registry of passes, and the pipeline that runs them.
+
+A pass is a frozen dataclass: its fields are its options. It declares the properties that it
+`requires`, `gives` and `breaks`; a pipeline checks them all before it runs anything, never sorts,
+and after each pass verifies the graph and that the pass told the truth about having changed it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from fhe_fx.errors import FheFxError, PassError, did_you_mean
+from fhe_fx.ir.printer import format_program
+from fhe_fx.ir.program import Program
+from fhe_fx.ir.verify import verify
+
+__all__ = ["Pass", "PassRecord", "Pipeline", "get_pass", "register", "registered"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite of a program, or an analysis of it."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    gives: ClassVar[frozenset[str]] = frozenset()
+    breaks: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, program: Program) -> bool:
+        """Apply the pass in place.
+
+        Returns:
+            True if and only if the printed program changed.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def law(cls) -> str:
+        """Return the first sentence of the docstring of the file: what the pass preserves."""
+        import inspect
+
+        module = inspect.getmodule(cls)
+        text = (module.__doc__ if module and module.__doc__ else cls.__doc__) or ""
+        return " ".join(text.strip().split("\n\n")[0].split())
+
+
+_REGISTRY: dict[str, type[Pass]] = {}
+P = TypeVar("P", bound=type[Pass])
+
+
+def register(cls: P) -> P:
+    """Make a pass known by its name.
+
+    Raises:
+        PassError: if the name is taken, or the class is not a dataclass of its own.
+    """
+    if "__dataclass_params__" not in vars(cls):
+        raise PassError(f"{cls.__name__} is not a dataclass. Put @dataclass(frozen=True) on it.")
+    if not isinstance(getattr(cls, "name", None), str):
+        raise PassError(f"{cls.__name__} has no name. Set name: ClassVar[str].")
+    if cls.name in _REGISTRY and _REGISTRY[cls.name].__qualname__ != cls.__qualname__:
+        raise PassError(f"A pass named {cls.name!r} exists: {_REGISTRY[cls.name].__qualname__}.")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def registered() -> dict[str, type[Pass]]:
+    """Return every known pass by name; installed packages add theirs by entry point."""
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group="fhe_fx.passes"):
+        if entry.name not in _REGISTRY:
+            register(entry.load())
+    return dict(_REGISTRY)
+
+
+def get_pass(name: str) -> type[Pass]:
+    """Return a pass by name.
+
+    Raises:
+        PassError: if there is none; close names are suggested.
+    """
+    known = registered()
+    if name not in known:
+        raise PassError(f"There is no pass {name!r}.{did_you_mean(name, list(known))}")
+    return known[name]
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did in one run."""
+
+    name: str
+    seconds: float
+    has_changed: bool
+    n_nodes: int
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An ordered list of passes, as a value: each edit returns a new pipeline."""
+
+    passes: tuple[Pass, ...] = field(default_factory=tuple)
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    def _index(self, name: str) -> int:
+        names = [p.name for p in self.passes]
+        if name not in names:
+            raise PassError(f"No pass {name!r} in this pipeline.{did_you_mean(name, names)}")
+        return names.index(name)
+
+    def insert_before(self, name: str, *new: Pass) -> Pipeline:
+        """Return a pipeline with `new` before the first pass called `name`."""
+        i = self._index(name)
+        return Pipeline((*self.passes[:i], *new, *self.passes[i:]))
+
+    def insert_after(self, name: str, *new: Pass) -> Pipeline:
+        """Return a pipeline with `new` after the last pass called `name`."""
+        self._index(name)
+        i = max(i for i, p in enumerate(self.passes) if p.name == name) + 1
+        return Pipeline((*self.passes[:i], *new, *self.passes[i:]))
+
+    def replace(self, name: str, new: Pass) -> Pipeline:
+        """Return a pipeline in which every pass called `name` is `new`."""
+        self._index(name)
+        return Pipeline(tuple(new if p.name == name else p for p in self.passes))
+
+    def drop(self, name: str) -> Pipeline:
+        """Return a pipeline without the passes called `name`."""
+        self._index(name)
+        return Pipeline(tuple(p for p in self.passes if p.name != name))
+
+    def check(self, properties: frozenset[str] = frozenset({"captured"})) -> None:
+        """Check that each pass finds the properties that it requires.
+
+        Raises:
+            PassError: names the first pass that does not, and who could give what is missing.
+        """
+        held = set(properties)
+        for number, p in enumerate(self.passes):
+            if missing := sorted(p.requires - held):
+                givers = sorted(n for n, c in registered().items() if c.gives & set(missing))
+                raise PassError(
+                    f"Pass {number + 1}, {p.name}, requires {', '.join(missing)}, which no pass "
+                    f"before it gives. Given by: {', '.join(givers) or 'no registered pass'}."
+                )
+            held = (held - p.breaks) | p.gives
+
+    def run(
+        self,
+        program: Program,
+        *,
+        dump_dir: Path | None = None,
+        on_pass: Callable[[PassRecord], None] | None = None,
+    ) -> list[PassRecord]:
+        """Run every pass in order, verifying the program after each.
+
+        Args:
+            program: rewritten in place.
+            dump_dir: where `07-fuse-maps.txt` is written for each pass that changed something.
+            on_pass: called after each pass.
+
+        Raises:
+            PassError: names the pass, those before it, and the printed lines at fault.
+        """
+        self.check(frozenset(program.properties))
+        records: list[PassRecord] = []
+        text = str(program)
+        for number, p in enumerate(self.passes):
+            start = time.perf_counter()
+            try:
+                said = p.run(program)
+                program.clean()
+                program.properties = (program.properties - p.breaks) | p.gives
+                verify(program)
+            except FheFxError as error:
+                if not isinstance(error, PassError) and type(error).__name__ != "InvariantError":
+                    raise
+                raise self._failure(p, records, error) from error
+            except Exception as error:
+                raise self._failure(p, records, error) from error
+            after = str(program)
+            if said != (after != text):
+                raise PassError(
+                    f"{p.name} returned {said}, but the printed program "
+                    f"{'changed' if after != text else 'did not change'}."
+                )
+            text = after
+            if said and dump_dir is not None:
+                dump_dir.mkdir(parents=True, exist_ok=True)
+                (dump_dir / f"{number + 1:02d}-{p.name}.txt").write_text(text + "\n")
+            records.append(
+                PassRecord(p.name, time.perf_counter() - start, said, len(program.graph.nodes))
+            )
+            if on_pass is not None:
+                on_pass(records[-1])
+        return records
+
+    @staticmethod
+    def _failure(p: Pass, done: list[PassRecord], error: Exception) -> PassError:
+        node = getattr(error, "node", None)
+        where = ""
+        if node is not None:
+            where = f"\n  at {node.name}, {node.meta.get('module_path', '')}"
+        before = ", ".join(r.name for r in done) or "none"
+        options = ", ".join(f"{f.name}={getattr(p, f.name)!r}" for f in dataclasses.fields(p))
+        return PassError(
+            f"Pass {p.name}({options}) failed: {error}{where}\n  passes before it: {before}"
+        )
+
+
+def printed(program: Program, node: object) -> str:
+    """Return the printed lines around one node, for messages."""
+    return format_program(program, {node})  # type: ignore[arg-type]

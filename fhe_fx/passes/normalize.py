@@ -1,0 +1,123 @@
+"""Rewrite core ATen operators into the float dialect: few operators, every constant folded.
+
+Exact to float rounding. Structure that later passes look for stays visible (softmax with its mask,
+matrix products of two encrypted tensors); views, splits and selections become five operators.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fhe_fx.errors import UnsupportedOpError
+from fhe_fx.ir.build import Builder
+from fhe_fx.ir.program import Program
+from fhe_fx.passes.base import Pass, register
+from fhe_fx.passes.lowerings import LOWERINGS, Unsupported
+
+__all__ = ["Normalize"]
+
+_MISSING = object()
+
+
+@register
+@dataclass(frozen=True)
+class Normalize(Pass):
+    """Lower every operator by its registered rule; report all that have none at once."""
+
+    name: ClassVar[str] = "normalize"
+    requires: ClassVar[frozenset[str]] = frozenset({"captured"})
+    gives: ClassVar[frozenset[str]] = frozenset({"normal"})
+
+    def run(self, program: Program) -> bool:
+        """Interpret the captured graph; what is clear is computed, what is encrypted is emitted.
+
+        Raises:
+            UnsupportedOpError: lists operator, module path and source line of each.
+        """
+        module = fx.GraphModule(torch.nn.Module(), fx.Graph())
+        end = module.graph.output(())
+        values: dict[fx.Node, Any] = {}
+        faults: list[tuple[fx.Node, str]] = []
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                with module.graph.inserting_before(end):
+                    new = module.graph.placeholder(node.name)
+                new.meta.update(node.meta, val=node.meta["val"].to("meta", torch.float32))
+                values[node] = new
+            elif node.op == "get_attr":
+                value: Any = program.module
+                for name in str(node.target).split("."):
+                    value = getattr(value, name)
+                values[node] = _as_float32(value.detach())
+            elif node.op == "call_function":
+                values[node] = self._lower(module, end, node, values, faults)
+            elif node.op == "output":
+                if faults:
+                    raise UnsupportedOpError(_listing(program, faults))
+                end.args = (tuple(values[n] for n in node.args[0]),)
+        _check_results(program, end)
+        program.module = module
+        return True
+
+    def _lower(
+        self,
+        module: fx.GraphModule,
+        end: fx.Node,
+        node: fx.Node,
+        values: dict[fx.Node, Any],
+        faults: list[tuple[fx.Node, str]],
+    ) -> Any:
+        args = fx.node.map_arg(node.args, values.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(leaf is _MISSING for leaf in leaves):
+            return _MISSING  # reported where it began
+        if not any(isinstance(leaf, fx.Node) for leaf in leaves):
+            with torch.no_grad():
+                return pytree.tree_map(_as_float32, node.target(*args, **kwargs))  # type: ignore[operator]
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        rule = LOWERINGS.get(node.target)
+        if rule is None:
+            faults.append((node, "no lowering is registered for it"))
+            return _MISSING
+        builder = Builder(module, end, node, self.name)
+        try:
+            return rule(builder, *args, **kwargs)
+        except Unsupported as reason:
+            faults.append((node, str(reason)))
+            return _MISSING
+
+
+def _as_float32(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(torch.float32)
+    return value
+
+
+def _check_results(program: Program, end: fx.Node) -> None:
+    clear = [i for i, r in enumerate(end.args[0]) if not isinstance(r, fx.Node)]  # type: ignore[arg-type]
+    if clear:
+        raise UnsupportedOpError(
+            f"{program.name}: result(s) {clear} do not depend on an encrypted input. "
+            f"Choose a target whose results all do."
+        )
+
+
+def _listing(program: Program, faults: list[tuple[fx.Node, str]]) -> str:
+    lines = [
+        f"  {node.target}  {node.meta.get('module_path', '')}  {node.meta.get('source', '')}: {why}"
+        for node, why in faults
+    ]
+    return (
+        f"{program.name}: {len(faults)} operator(s) cannot run on encrypted data.\n"
+        + "\n".join(lines)
+        + "\nEncrypt a submodule without them, or register a lowering for each: "
+        "@fhe_fx.register_lowering(torch.ops.aten.<name>) (docs/writing_a_pass.md)."
+    )

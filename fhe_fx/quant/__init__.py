@@ -1,0 +1,1 @@
+"""Calibration data, observed ranges, and which elements share a scale."""
