@@ -39,9 +39,9 @@ class Options:
     """How many calibration inputs are sampled from the model when none are given."""
     seed: int = 0
     """Seeds that sampling."""
-    refresh_results_from: int = 16
-    """A result that is a clear-weight sum of at least this many look-ups is read through one last
-    identity look-up, instead of being decrypted with all the bits of its accumulator."""
+    refresh_from: int = 16
+    """A clear-weight sum of at least this many terms is read through an identity look-up before it
+    is returned or multiplied by weights again, instead of carrying its wide accumulator along."""
 
     def __post_init__(self) -> None:
         _between("n_bits", self.n_bits, 1, MAX_LOOKUP_BITS)

@@ -72,8 +72,9 @@ def decompose(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     for op in _KEPT_WHOLE:
         table.pop(op, None)
     lowered = _quietly(lambda: exported.run_decompositions(table))
-    module = _quietly(lambda: lowered.module(check_guards=False))
-    module.graph.set_codegen(fx.graph.CodeGen())
+    unlifted = _quietly(lambda: lowered.module(check_guards=False))
+    unlifted.graph.set_codegen(fx.graph.CodeGen())
+    module = fx.GraphModule(unlifted, unlifted.graph)  # without the input checks of torch.export
     output = next(iter(reversed(module.graph.nodes)))
     leaves = [n for n in pytree.tree_leaves(output.args[0]) if isinstance(n, fx.Node)]
     output.args = (tuple(leaves),)

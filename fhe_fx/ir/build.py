@@ -68,7 +68,8 @@ class Builder:
 
     def _finish(self, node: fx.Node, val: Tensor) -> fx.Node:
         node.meta.update(self.provenance)
-        node.meta["val"] = val
+        # Row-major on the meta device: the dialect knows shapes, not memory layouts.
+        node.meta["val"] = torch.empty(val.shape, dtype=val.dtype, device="meta")
         return node
 
     def call(self, target: Any, *args: Any) -> fx.Node:
@@ -102,7 +103,7 @@ class Builder:
 
     def view(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
         """Reshape, in row-major order. The identity emits nothing."""
-        shape = list(torch.empty(d.shape_of(x), device="meta").view(list(shape)).shape)
+        shape = list(torch.empty(d.shape_of(x), device="meta").reshape(list(shape)).shape)
         return x if tuple(shape) == d.shape_of(x) else self.call(d.VIEW, x, shape)
 
     def permute(self, x: fx.Node, dims: Sequence[int]) -> fx.Node:

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
-VIEW = aten.view.default
+VIEW = aten.reshape.default
 PERMUTE = aten.permute.default
 EXPAND = aten.expand.default
 INDEX_SELECT = aten.index_select.default

@@ -63,8 +63,10 @@ class LowerSoftmax(Pass):
         if not is_log:
             result = b.apply(result, aten.exp.default)
         dense = b.put_pairs(result, rows, columns, *matrix.shape)
+        dense.meta["rows_sum_to_one"] = not is_log and bool(matrix.any(-1).all())
         if bool(alone.any()) and not is_log:
             dense = b.shift(dense, alone.float())
+            dense.meta["rows_sum_to_one"] = bool(matrix.any(-1).all())
         return b.view(dense, shape)
 
     def _log_sum_exp(self, b: Builder, x: fx.Node, rows: Tensor) -> fx.Node:

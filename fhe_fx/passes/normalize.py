@@ -40,6 +40,8 @@ class Normalize(Pass):
         Raises:
             UnsupportedOpError: lists operator, module path and source line of each.
         """
+        if "normal" in program.properties:
+            return False
         module = fx.GraphModule(torch.nn.Module(), fx.Graph())
         end = module.graph.output(())
         values: dict[fx.Node, Any] = {}
@@ -48,7 +50,8 @@ class Normalize(Pass):
             if node.op == "placeholder":
                 with module.graph.inserting_before(end):
                     new = module.graph.placeholder(node.name)
-                new.meta.update(node.meta, val=node.meta["val"].to("meta", torch.float32))
+                shape = node.meta["val"].shape
+                new.meta.update(node.meta, val=torch.empty(shape, device="meta"))
                 values[node] = new
             elif node.op == "get_attr":
                 value: Any = program.module

@@ -44,6 +44,11 @@ class SinkSelections(Pass):
         dim, index = cast(int, node.args[1]), d.constant(d.input_node(node, 2))
         if x.op == "placeholder" or not all(d.is_call(u, d.INDEX_SELECT) for u in x.users):
             return False
+        if len(torch.unique(index)) < len(index):
+            return False  # it repeats entries: better done late
+        if len(x.users) > 1 and not d.is_call(x, *d.AFFINE):
+            program.note(self, node, f"{x.name} has look-ups that its {len(x.users)} readers share")
+            return False
         new = _commute(program.before(node, self, x), x, dim, index)
         if new is None:
             return False

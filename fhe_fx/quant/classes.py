@@ -23,7 +23,7 @@ from fhe_fx.ir.ops import LINEAR, LOOKUP, SCALE, SHIFT
 if TYPE_CHECKING:
     from fhe_fx.ir.program import Program
 
-__all__ = ["Classes", "absorbed_scales", "encodings", "find_classes"]
+__all__ = ["Classes", "absorbed_scales", "encodings", "find_classes", "is_exact_scale"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,14 @@ def absorbed_scales(program: Program) -> dict[fx.Node, fx.Node]:
     return found
 
 
+def is_exact_scale(node: fx.Node) -> bool:
+    """Say whether a node multiplies by integers, which needs no rounding and no scale of its own."""
+    if not d.is_call(node, SCALE):
+        return False
+    factor = d.constant(d.input_node(node, 1))
+    return bool((factor == factor.round()).all()) and bool((factor != 0).all())
+
+
 def find_classes(program: Program) -> Classes:
     """Join the elements that must share a scale."""
     ids: dict[fx.Node, Tensor] = {}
@@ -102,7 +110,7 @@ def find_classes(program: Program) -> Classes:
             ids[node] = fresh(channel.expand(shape))
         elif d.is_call(node, *d.STRUCTURAL):
             ids[node] = d.evaluate(node, *inputs)
-        elif d.is_call(node, SHIFT) or node in absorbed:
+        elif d.is_call(node, SHIFT) or node in absorbed or is_exact_scale(node):
             ids[node] = inputs[0]
         elif d.is_call(node, d.ADD, d.SUB):
             join(inputs[0], inputs[-1])

@@ -1,0 +1,165 @@
+"""Compiles an integer program with Concrete, and runs it clear, simulated or encrypted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from concrete import fhe
+
+from fhe_fx.backends.base import CircuitFacts, Integers
+from fhe_fx.backends.concrete.emit import declared_bounds, emit_function
+from fhe_fx.errors import BackendError, BitWidthError, InputError
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.ops import LOOKUP
+from fhe_fx.ir.printer import format_program
+from fhe_fx.ir.program import Program
+from fhe_fx.ir.types import ValueType
+
+__all__ = ["ConcreteBackend", "ConcreteCircuit"]
+
+
+class ConcreteBackend:
+    """Compiles integer programs to TFHE circuits of 128-bit security."""
+
+    name = "concrete"
+
+    def compile(self, program: Program) -> ConcreteCircuit:
+        """Compile.
+
+        Raises:
+            BitWidthError: if no parameters exist for the widths; names the widest look-up.
+            BackendError: if Concrete refuses the program for another reason.
+        """
+        names = [n.name for n in program.placeholders]
+        probe = tuple(np.zeros(d.shape_of(n), dtype=np.int64) for n in program.placeholders)
+        configuration = fhe.Configuration(
+            p_error=program.options.p_error,
+            compress_input_ciphertexts=True,
+            show_graph=False, show_mlir=False, show_optimizer=False, show_progress=False,
+            verbose=False, use_insecure_key_cache=False,
+        )
+        function = emit_function(program)
+        function.__signature__ = _signature(names)  # type: ignore[attr-defined]
+        compiler = fhe.Compiler(function, dict.fromkeys(names, "encrypted"))
+        start = time.perf_counter()
+        try:
+            with declared_bounds():
+                circuit = compiler.compile([probe if len(probe) > 1 else probe[0]], configuration)
+        except RuntimeError as error:
+            raise _explain(program, error) from error
+        seconds = time.perf_counter() - start
+        return ConcreteCircuit(program, circuit, seconds)
+
+
+def _signature(names: Sequence[str]) -> Any:
+    import inspect
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature([inspect.Parameter(name, kind) for name in names])
+
+
+def _explain(program: Program, error: RuntimeError) -> Exception:
+    text = str(error).strip().splitlines()
+    if not any(word in str(error) for word in ("NoParametersFound", "bit", "Unfeasible")):
+        return BackendError(f"{program.name}: Concrete refused the program: {' '.join(text[:3])}")
+    look_ups = program.calls(LOOKUP)
+    widest = max(look_ups, key=lambda n: (n.args[3], n.args[4]), default=None)
+    if widest is None:
+        return BackendError(f"{program.name}: Concrete refused the program: {' '.join(text[:3])}")
+    source: ValueType = d.input_node(widest).meta["type"]
+    return BitWidthError(
+        f"{program.name}: no parameters of 128-bit security exist for this circuit. Its widest "
+        f"look-up reads {widest.args[3]} of {source.bits} bits "
+        f"({widest.meta.get('module_path', '')}, {widest.meta.get('source', '')}).\n"
+        f"{format_program(program, {widest})}"
+    )
+
+
+class ConcreteCircuit:
+    """A compiled circuit, with the keys of this process once something is executed."""
+
+    def __init__(self, program: Program, circuit: Any, compile_seconds: float) -> None:
+        self._program, self._circuit = program, circuit
+        self._has_keys = False
+        self._facts = _facts(program, circuit, compile_seconds)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConcreteCircuit:
+        """Share: a compiled circuit is immutable, and its keys must not be copied."""
+        return self
+
+    @property
+    def facts(self) -> CircuitFacts:
+        """What it costs."""
+        return self._facts
+
+    def _check(self, inputs: Sequence[Integers]) -> None:
+        for node, x in zip(self._program.placeholders, inputs, strict=True):
+            value_type: ValueType = node.meta["type"]
+            if x.shape != d.shape_of(node):
+                raise InputError(
+                    f"{self._program.name}: input {node.name} has shape {x.shape}; the circuit "
+                    f"takes {d.shape_of(node)}."
+                )
+            if x.size and (x.min() < value_type.low or x.max() > value_type.high):
+                raise InputError(
+                    f"{self._program.name}: input {node.name} holds {x.min()} to {x.max()}; the "
+                    f"circuit takes {value_type.low} to {value_type.high}."
+                )
+
+    @staticmethod
+    def _list(results: Any) -> list[Integers]:
+        many = results if isinstance(results, tuple) else (results,)
+        return [np.asarray(r, dtype=np.int64) for r in many]
+
+    def clear(self, inputs: Sequence[Integers]) -> list[Integers]:
+        """Evaluate Concrete's own graph in the clear."""
+        self._check(inputs)
+        return self._list(self._circuit.graph(*inputs))
+
+    def simulate(self, inputs: Sequence[Integers]) -> list[Integers]:
+        """Run the compiled circuit on plain integers with modelled noise."""
+        self._check(inputs)
+        if not self._circuit.configuration.fhe_simulation:
+            self._circuit.enable_fhe_simulation()
+        return self._list(self._circuit.simulate(*inputs))
+
+    def keygen(self) -> None:
+        """Make keys for this process, unless there are some."""
+        if not self._has_keys:
+            self._circuit.keygen()
+            self._has_keys = True
+
+    def execute(self, inputs: Sequence[Integers]) -> list[Integers]:
+        """Encrypt, run and decrypt with the keys of this process."""
+        self._check(inputs)
+        self.keygen()
+        return self._list(self._circuit.encrypt_run_decrypt(*inputs))
+
+    def save(self, client: Path, server: Path) -> None:
+        """Write the client's specifications and the server's circuit, each to its own file."""
+        self._circuit.client.save(client)
+        self._circuit.server.save(server, via_mlir=False)
+
+
+def _facts(program: Program, circuit: Any, seconds: float) -> CircuitFacts:
+    statistics = circuit.statistics
+    keys = circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys
+    bits = [int(n.args[3]) for n in program.calls(LOOKUP)]  # type: ignore[call-overload]
+    parameters = tuple(
+        str(p) for p in statistics.get("programmable_bootstrap_count_per_parameter", {})
+    )
+    return CircuitFacts(
+        look_ups=int(statistics.get("programmable_bootstrap_count", 0)),
+        complexity=float(circuit.complexity),
+        max_lookup_bits=max(bits, default=0),
+        p_error=float(circuit.p_error),
+        key_bytes=int(keys),
+        input_bytes=int(circuit.size_of_inputs),
+        output_bytes=int(circuit.size_of_outputs),
+        compile_seconds=seconds,
+        parameters=parameters,
+    )

@@ -1,0 +1,135 @@
+"""Emits a Concrete function from an integer program, node by node, with declared widths.
+
+Concrete finds the width of each value by evaluating a set of inputs. Here every width is known: it
+is the node's value type. So each traced value carries its type, and `declared_bounds` hands the
+types to Concrete in place of what it would measure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from concrete import fhe
+from concrete.fhe.representation import Graph
+from torch import fx
+
+from fhe_fx.errors import BackendError
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.ops import LINEAR, LOOKUP, SCALE, SHIFT
+from fhe_fx.ir.printer import operator_name
+from fhe_fx.ir.program import Program
+from fhe_fx.ir.types import ValueType
+
+__all__ = ["declared_bounds", "emit_function"]
+
+_BOUNDS = "fhe_fx_bounds"
+_LOCK = threading.Lock()
+
+
+def emit_function(program: Program) -> Callable[..., Any]:
+    """Return a function of the program's placeholders that Concrete can trace."""
+
+    names = [n.name for n in program.placeholders]
+
+    def function(*args: Any, **inputs: Any) -> Any:
+        given = args or [inputs[name] for name in names]
+        results = _Emitter(program.module).run(*given)
+        return results if len(results) > 1 else results[0]
+
+    return function
+
+
+@contextlib.contextmanager
+def declared_bounds() -> Iterator[None]:
+    """Let Concrete take the bounds that the emitter declared, instead of measuring them."""
+    measure = Graph.measure_bounds
+
+    def declare(self: Graph, inputset: Any) -> Any:
+        bounds = measure(self, inputset)
+        for node, measured in bounds.items():
+            if (declared := node.properties.get(_BOUNDS)) is not None:
+                measured["min"], measured["max"] = (np.int64(b) for b in declared)
+        return bounds
+
+    with _LOCK:
+        Graph.measure_bounds = declare
+        try:
+            yield
+        finally:
+            Graph.measure_bounds = measure
+
+
+class _Emitter(fx.Interpreter):
+    """Evaluates a program on Concrete tracers (or on numpy arrays, with the same meaning)."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "get_attr":
+            return d.constant(n).numpy()
+        if n.op == "call_function":
+            args = fx.node.map_arg(n.args, self.env.__getitem__)
+            with fhe.tag(str(n.meta.get("module_path", "")).replace(".", "/") or "region"):
+                value = self._emit(n, args)
+        else:
+            value = super().run_node(n)
+        if d.is_encrypted(n) and isinstance(value, fhe.tracing.Tracer):
+            value_type: ValueType = n.meta["type"]
+            value.computation.properties[_BOUNDS] = (value_type.low, value_type.high)
+        return value
+
+    def _emit(self, n: fx.Node, args: Sequence[Any]) -> Any:
+        x = args[0]
+        shape = d.shape_of(n)
+        if d.is_call(n, d.ADD):
+            return x + args[1]
+        if d.is_call(n, d.SUB):
+            return x - args[1]
+        if d.is_call(n, SHIFT):
+            return x + args[1]
+        if d.is_call(n, SCALE):
+            return x * args[1]
+        if d.is_call(n, LINEAR):
+            return x @ args[1]
+        if d.is_call(n, d.SUM):
+            return np.sum(x, axis=tuple(args[1]), keepdims=bool(args[2]))
+        if d.is_call(n, d.VIEW):
+            return x.reshape(shape)
+        if d.is_call(n, d.PERMUTE):
+            return np.transpose(x, tuple(args[1]))
+        if d.is_call(n, d.EXPAND):
+            return np.broadcast_to(x, shape)
+        if d.is_call(n, d.INDEX_SELECT):
+            return x[(slice(None),) * args[1] + (args[2],)]
+        if d.is_call(n, d.CAT):
+            return np.concatenate(tuple(x), axis=args[1])
+        if d.is_call(n, LOOKUP):
+            return self._lookup(n, x, *args[1:])
+        raise BackendError(f"The Concrete backend cannot emit {operator_name(n)}.")
+
+    def _lookup(
+        self, n: fx.Node, x: Any, tables: Any, which: Any, bits: int, lsbs: int
+    ) -> Any:
+        if lsbs:
+            x = fhe.round_bit_pattern(
+                x, lsbs_to_remove=lsbs, exactness=fhe.Exactness.APPROXIMATE,
+                overflow_protection=False,
+            )
+            if isinstance(x, fhe.tracing.Tracer):
+                source: ValueType = d.input_node(n).meta["type"]
+                x.computation.properties[_BOUNDS] = (source.low, source.high)
+        which = np.broadcast_to(which, d.shape_of(n))
+        size = 1 << bits
+
+        def table(value: Any) -> Any:
+            # The reference look-up, on values already rounded: anti-periodic beyond its ends.
+            index = np.mod((np.asarray(value, dtype=np.int64) >> lsbs) + size // 2, 2 * size)
+            sign = np.where(index < size, 1, -1)
+            return (sign * tables[which, np.mod(index, size)]).astype(np.int64)
+
+        table.__name__ = "table"
+        return fhe.univariate(table)(x)
+
+

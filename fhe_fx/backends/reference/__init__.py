@@ -1,0 +1,52 @@
+"""The reference backend: the integer program run in torch int64, which defines what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fhe_fx.backends.base import CircuitFacts, Integers
+from fhe_fx.errors import BackendError
+from fhe_fx.ir.program import Program
+
+__all__ = ["ReferenceBackend", "ReferenceCircuit"]
+
+
+class ReferenceCircuit:
+    """Runs a program as the fx graph that it is."""
+
+    facts: CircuitFacts | None = None
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+
+    def clear(self, inputs: Sequence[Integers]) -> list[Integers]:
+        """Run on integers, one array for each placeholder."""
+        with torch.no_grad():
+            results = self._program.module(*[torch.from_numpy(x) for x in inputs])
+        return [r.numpy() for r in results]
+
+    def simulate(self, inputs: Sequence[Integers]) -> list[Integers]:
+        """Refuse: the reference has no noise."""
+        raise BackendError("The reference backend has no noise to simulate. Use mode 'clear'.")
+
+    def execute(self, inputs: Sequence[Integers]) -> list[Integers]:
+        """Refuse: the reference has no keys."""
+        raise BackendError("The reference backend does not encrypt. Compile with Concrete.")
+
+
+class ReferenceBackend:
+    """Compiles to nothing: the graph itself runs."""
+
+    name = "reference"
+
+    def compile(self, program: Program) -> ReferenceCircuit:
+        """Wrap the program.
+
+        Raises:
+            BackendError: if the program is not in the integer stage.
+        """
+        if "integer" not in program.properties:
+            raise BackendError(f"{program.name} is not lowered to integers; run the pipeline first.")
+        return ReferenceCircuit(program)

@@ -1,0 +1,173 @@
+"""Choose the scale of every class of elements, and the width of every encoding.
+
+Exact in float: the graph is not changed; `node.meta["scale"]` (one a element) and
+`node.meta["width"]` are set. A class that a look-up reads is scaled so that its range fills the
+encoding; the accumulator is `guard_bits` wider than the look-up at least, and wide enough that
+clear weights keep `weight_bits`. Linear precision is free behind an approximate rounding.
+"""
+
+from __future__ import annotations
+
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fhe_fx.errors import BitWidthError
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.ops import LINEAR, SCALE
+from fhe_fx.ir.printer import format_program
+from fhe_fx.ir.program import Program
+from fhe_fx.passes.base import Pass, register
+from fhe_fx.quant.classes import Classes, absorbed_scales, encodings, find_classes, is_exact_scale
+
+__all__ = ["AssignScales"]
+
+MAX_WIDTH = 40
+"""Wider accumulators would leave no room for noise in a 64-bit ciphertext."""
+
+
+@register
+@dataclass(frozen=True)
+class AssignScales(Pass):
+    """Set scales and widths from the observed ranges."""
+
+    name: ClassVar[str] = "assign-scales"
+    requires: ClassVar[frozenset[str]] = frozenset(
+        {"calibrated", "fused", "bits", "no-products", "no-softmax", "no-pairs", "inputs-split"}
+    )
+    gives: ClassVar[frozenset[str]] = frozenset({"scales"})
+
+    guard_bits: int = 6
+    """Bits of an accumulator below what its look-up reads: the sum of the roundings of many table
+    results stays far below one slot."""
+    margin: float = 0.02
+    """Room beyond the calibrated range, as a part of it. Beyond that room tables continue
+    anti-periodically, so more would cost precision and buy nothing."""
+
+    def run(self, program: Program) -> bool:
+        """Find ranges, then widths, then scales.
+
+        Raises:
+            BitWidthError: if an accumulator would be wider than a ciphertext can hold.
+        """
+        state = _State(program, self)
+        state.read_ranges()
+        state.widen_for_weights()
+        widths = state.encoding_widths()
+        self._check(program, state, widths)
+        state.fill_encodings(widths)
+        scale = state.scales()
+        for node in program.encrypted():
+            node.meta["classes"] = state.classes.of[node]
+            node.meta["scale"] = scale[state.classes.of[node]]
+            node.meta["width"] = widths[state.encoding[node]]
+        for node, holder in state.absorbed.items():
+            factor = d.constant(d.input_node(node, 1)).double()
+            sign = -1 if holder.op == "placeholder" else 1
+            holder.meta["scale"] = holder.meta["scale"] * factor.expand(d.shape_of(holder)) ** sign
+            node.meta["absorbed"] = True
+        return False
+
+    def _check(self, program: Program, state: _State, widths: dict[int, int]) -> None:
+        wide = [n for n in program.encrypted() if widths[state.encoding[n]] > MAX_WIDTH]
+        if wide:
+            raise BitWidthError(
+                f"{program.name}: an accumulator needs {widths[state.encoding[wide[0]]]} bits; "
+                f"a ciphertext holds {MAX_WIDTH}.\n{format_program(program, {wide[0]})}\n"
+                f"Try weight_bits={program.options.weight_bits - 2}, or a smaller n_bits."
+            )
+
+
+class _State:
+    """Ranges and widths by class, while they are being found."""
+
+    def __init__(self, program: Program, settings: AssignScales) -> None:
+        self.program, self.settings = program, settings
+        self.classes: Classes = find_classes(program)
+        self.encoding = encodings(program)
+        self.absorbed = absorbed_scales(program)
+        n = self.classes.n_classes
+        self.range = torch.zeros(n, dtype=torch.float64)
+        self.width = torch.zeros(n, dtype=torch.int64)
+        self.is_looked_up = torch.zeros(n, dtype=torch.bool)
+        self.is_result = torch.zeros(n, dtype=torch.bool)
+        self.is_weighted = torch.zeros(n, dtype=torch.bool)
+
+    def _weighted(self) -> list[fx.Node]:
+        return [n for n in self.program.calls(LINEAR, SCALE) if n not in self.absorbed and not is_exact_scale(n)]
+
+    def _read(self, node: fx.Node, room: float) -> Tensor:
+        """Raise the range of the classes of `node` to what was observed there."""
+        low, high = self.classes.extremes(node, self.program.observed[node.name])
+        present = high >= low
+        self.range[present] = torch.maximum(self.range, (high - low) * room)[present]
+        return present
+
+    def read_ranges(self) -> None:
+        """Read ranges where values are looked up, returned, or multiplied by weights."""
+        options = self.program.options
+        for node in self.program.maps():
+            present = self._read(d.input_node(node), 1 + self.settings.margin)
+            bits = int(node.meta["lookup_bits"]) + self.settings.guard_bits
+            self.width[present] = self.width[present].clamp_min(bits)
+            self.is_looked_up |= present
+        for node in self.program.results:
+            node = d.input_node(node) if self.absorbed.get(node) is node else node
+            # A result that wraps has no table behind it: one bit of room instead.
+            self.is_result |= self._read(node, 2.0)
+        plain = self.is_result & ~self.is_looked_up
+        self.width[plain] = options.result_bits
+        for node in self._weighted():
+            source = d.input_node(node)
+            index = torch.unique(self.classes.of[source])
+            index = index[~(self.is_looked_up | self.is_result)[index]]
+            before = self.range.clone()
+            present = self._read(source, 1 + self.settings.margin)
+            keep = torch.ones_like(present)
+            keep[index] = False
+            self.range[keep] = before[keep]
+            self.width[index] = self.width[index].clamp_min(options.input_bits)
+            self.is_weighted |= present
+        self.range[self.range <= 0] = 1e-6
+        self.width[self.width == 0] = options.input_bits
+
+    def scales(self) -> Tensor:
+        """Return the scale of each class."""
+        return self.range / torch.pow(2.0, self.width.double())
+
+    def widen_for_weights(self) -> None:
+        """Widen classes that clear weights make, until the weights keep their bits."""
+        least = float(2 ** (self.program.options.weight_bits - 1) - 1)
+        for node in self._weighted():
+            scale = self.scales()
+            x, weight = d.input_node(node), d.constant(d.input_node(node, 1)).double()
+            s_in, out = scale[self.classes.of[x]], self.classes.of[node]
+            if node.target == SCALE:
+                unit = (weight * s_in).abs()
+            else:
+                unit = (weight.abs() * s_in[..., :1, :].transpose(-2, -1)).amax(-2, keepdim=True)
+                unit = unit.expand(d.shape_of(node))
+            need = (self.range[out] * least / unit.clamp_min(1e-300)).log2().ceil()
+            usual = float(need[unit > 0].double().quantile(0.75)) if bool((unit > 0).any()) else 0.0
+            bits = need.clamp(max=usual).long().reshape(-1)
+            free = ~(self.is_result & ~self.is_looked_up)[out.reshape(-1)]
+            self.width.scatter_reduce_(0, out.reshape(-1)[free], bits[free], "amax")
+
+    def encoding_widths(self) -> dict[int, int]:
+        """Return the width of each encoding: the widest of its classes."""
+        widths: dict[int, int] = {}
+        for node, number in self.encoding.items():
+            index = self.classes.of[node]
+            if index.numel():
+                widths[number] = max(widths.get(number, 0), int(self.width[index].max()))
+        return widths
+
+    def fill_encodings(self, widths: dict[int, int]) -> None:
+        """Let every class that no weight multiplies use all the bits of its encoding."""
+        for node, number in self.encoding.items():
+            index = torch.unique(self.classes.of[node])
+            index = index[(self.is_looked_up | self.is_result)[index] & ~self.is_weighted[index]]
+            self.width[index] = self.width[index].clamp_min(widths[number])

@@ -1,0 +1,185 @@
+"""Lower to integers: affine operators with integer constants, and one look-up for each map.
+
+Equal to the float program within the quantization of `assign-scales`: weights to their bits, each
+look-up to half a slot of its input and half a unit of its output. From here on equality is exact:
+every backend gives the integers that this program gives.
+
+An integer q of a node means `scale * q + offset`. Offsets travel through affine operators in
+float, at compile time, so biases cost nothing; they end in the tables and at the client.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, fx
+
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.build import Builder
+from fhe_fx.ir.ops import LINEAR, SCALE, SHIFT
+from fhe_fx.ir.program import Program
+from fhe_fx.ir.types import ValueType
+from fhe_fx.passes.base import Pass, register
+from fhe_fx.quant.tables import build_tables
+
+__all__ = ["LowerToIntegers"]
+
+
+@register
+@dataclass(frozen=True)
+class LowerToIntegers(Pass):
+    """Emit the integer program and attach a value type to each of its nodes."""
+
+    name: ClassVar[str] = "lower-to-integers"
+    requires: ClassVar[frozenset[str]] = frozenset({"scales", "calibrated"})
+    gives: ClassVar[frozenset[str]] = frozenset({"integer"})
+    breaks: ClassVar[frozenset[str]] = frozenset({"normal", "calibrated", "scales", "fused"})
+
+    def run(self, program: Program) -> bool:
+        """Translate node by node."""
+        module = fx.GraphModule(torch.nn.Module(), fx.Graph())
+        end = module.graph.output(())
+        lowering = _Lowering(program, module, end)
+        for node in program.encrypted():
+            lowering.values[node] = lowering.lower(node)
+        end.args = (tuple(lowering.result(n) for n in program.results),)
+        program.module = module
+        program.observed = {}
+        return True
+
+
+@dataclass(frozen=True)
+class _Integer:
+    """A node of the integer program and what its integers mean, element by element."""
+
+    node: fx.Node
+    scale: Tensor
+    offset: Tensor
+
+
+class _Lowering:
+    def __init__(self, program: Program, module: fx.GraphModule, end: fx.Node) -> None:
+        self.program, self.module, self.end = program, module, end
+        self.values: dict[fx.Node, _Integer] = {}
+
+    def _typed(self, node: fx.Node, scale: Tensor, offset: Tensor, width: int) -> _Integer:
+        scale, offset = scale.expand(d.shape_of(node)), offset.expand(d.shape_of(node))
+        node.meta["type"] = ValueType.signed(width, scale, offset)
+        return _Integer(node, scale, offset)
+
+    def lower(self, node: fx.Node) -> _Integer:
+        """Translate one node."""
+        scale, width = node.meta["scale"], node.meta["width"]
+        if node.op == "placeholder":
+            return self._input(node, scale)
+        builder = Builder(self.module, self.end, node, LowerToIntegers.name)
+        if d.is_map(node):
+            return self._lookup(builder, node, scale, width)
+        inputs = [self.values[n] for n in d.operands(node)]
+        offset = d.evaluate(node, *(i.offset for i in inputs))
+        if d.is_call(node, SHIFT) or node.meta.get("absorbed"):
+            return _Integer(inputs[0].node, scale, offset)
+        if d.is_call(node, SCALE):
+            factor = d.constant(d.input_node(node, 1)).double()
+            whole = (factor * inputs[0].scale / scale).round().long()
+            if whole.unique().numel() == 1:
+                whole = whole.reshape(-1)[0]
+            return self._typed(builder.scale(inputs[0].node, whole), scale, offset, width)
+        if d.is_call(node, LINEAR):
+            weight = d.constant(d.input_node(node, 1)).double()
+            rows = inputs[0].scale[..., :1, :].transpose(-2, -1)
+            whole = weight * rows / scale[..., :1, :]
+            while whole.dim() > weight.dim() and whole.shape[0] == 1:
+                whole = whole[0]
+            new = builder.linear(inputs[0].node, whole.round().long())
+            offset = torch.matmul(inputs[0].offset, weight)
+            return self._typed(new, scale, offset, width)
+        moved = [i.node for i in inputs]
+        given = dict(zip(d.operands(node), moved, strict=True))
+        args = fx.node.map_arg(
+            node.args, lambda n: given[n] if n in given else builder.constant(d.constant(n))
+        )
+        return self._typed(builder.call(node.target, *args), scale, offset, width)
+
+    def _input(self, node: fx.Node, scale: Tensor) -> _Integer:
+        with self.module.graph.inserting_before(self.end):
+            new = self.module.graph.placeholder(node.name)
+        new.meta.update(node.meta, val=node.meta["val"].to(torch.int64))
+        new.meta.pop("bounds", None)
+        values = self.program.observed[node.name].double()
+        low, high = values.amin(0), values.amax(0)
+        low, high = _over_rows(low, torch.amin), _over_rows(high, torch.amax)
+        offset = ((low + high) / 2).expand(scale.shape)
+        span = float(((high - low) / scale.abs()).max())
+        bits = max(2, int(torch.tensor(max(span, 2.0)).log2().ceil()))
+        return self._typed(new, scale, offset, bits)
+
+    def _centre(
+        self, builder: Builder, x: _Integer, low: Tensor, high: Tensor, width: int
+    ) -> _Integer:
+        """Shift so that the middle of the range is at integer zero."""
+        middle = (low + high) / 2
+        steps = ((x.offset - middle) / x.scale).round()
+        if not bool((steps != 0).any()):
+            return x
+        node = builder.shift(x.node, steps.long())
+        return self._typed(node, x.scale, x.offset - steps * x.scale, width)
+
+    def _lookup(self, builder: Builder, node: fx.Node, scale: Tensor, width: int) -> _Integer:
+        source = d.input_node(node)
+        x, accumulator = self.values[source], int(source.meta["width"])
+        bits = int(node.meta["lookup_bits"])
+        low, high = _class_range(self.program, source)
+        room = ((1 << accumulator) * x.scale.abs() / (high - low).clamp_min(1e-300)).floor()
+        times = room.clamp(1, 1 << 16).long()
+        if bool((times > 1).any()):
+            scaled = builder.scale(x.node, times)
+            x = self._typed(scaled, x.scale / times, x.offset, accumulator)
+        x = self._centre(builder, x, low, high, accumulator)
+        function = d.map_of(node)
+        tables = build_tables(
+            lambda v: function(v.float()), x.offset, x.scale * (1 << (accumulator - bits)),
+            scale, bits,
+        )
+        read = builder.lookup(x.node, tables.entries, tables.which, bits, accumulator - bits)
+        result = self._typed(read, scale, tables.offset, width)
+        # Centre the result, so that sums of many stay inside their encoding.
+        mean = self.program.observed[node.name].double().mean(0)
+        steps = ((result.offset - mean) / result.scale).round()
+        if not bool((steps != 0).any()):
+            return result
+        moved = builder.shift(read, steps.long())
+        return self._typed(moved, scale, result.offset - steps * scale, width)
+
+    def result(self, node: fx.Node) -> fx.Node:
+        """Centre a result in its encoding and return its node."""
+        builder = Builder(self.module, self.end, node, LowerToIntegers.name)
+        low, high = _class_range(self.program, node)
+        value = self._centre(builder, self.values[node], low, high, int(node.meta["width"]))
+        if value.node.meta["type"].scale is not value.scale:
+            # An absorbed factor or a shift changed only what the integers mean.
+            value = _Integer(
+                builder.shift(value.node, torch.zeros((), dtype=torch.int64)),
+                value.scale, value.offset,
+            )
+            self._typed(value.node, value.scale, value.offset, int(node.meta["width"]))
+        return value.node
+
+
+def _over_rows(x: Tensor, reduce: object) -> Tensor:
+    """Reduce over all dimensions but the last."""
+    dims = list(range(x.dim() - 1))
+    return cast(Tensor, reduce(x, dims, keepdim=True)) if dims else x  # type: ignore[operator]
+
+
+def _class_range(program: Program, node: fx.Node) -> tuple[Tensor, Tensor]:
+    values = program.observed[node.name].double()
+    index: Tensor = node.meta["classes"]
+    flat = index.reshape(-1)
+    low = torch.full((int(flat.max()) + 1,), torch.inf, dtype=torch.float64)
+    high = -low
+    low.scatter_reduce_(0, flat, values.amin(0).reshape(-1), "amin")
+    high.scatter_reduce_(0, flat, values.amax(0).reshape(-1), "amax")
+    return low[index], high[index]

@@ -1,0 +1,214 @@
+"""Write a product of two encrypted tensors with squares: 2ab = (a+b)^2 - a^2 - b^2.
+
+Exact to float rounding. One look-up per product, plus one per element of each operand: the squares
+of the operands are taken before they are repeated, so all their products share them.
+
+The operands are brought to comparable size first, and the squares are taken around the mean m of
+the sum: ab = (a+b-m)^2/2 + (ma - a^2/2) + (mb - b^2/2) - m^2/2. Most sums then lie where the slope
+of the square, by which the rounding of the sum is multiplied, is small.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, fx
+
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.build import elementwise
+from fhe_fx.ir.ops import PUT_PAIRS, TAKE_PAIRS
+from fhe_fx.ir.program import Program
+from fhe_fx.passes.base import Pass, register
+from fhe_fx.quant.classes import Classes, find_classes
+
+__all__ = ["ProductsToSquares"]
+
+aten = torch.ops.aten
+_MOVES = d.STRUCTURAL - {d.CAT, PUT_PAIRS, TAKE_PAIRS}
+
+
+@register
+@dataclass(frozen=True)
+class ProductsToSquares(Pass):
+    """Rewrite each `mul` of two encrypted tensors."""
+
+    name: ClassVar[str] = "products-to-squares"
+    requires: ClassVar[frozenset[str]] = frozenset({"calibrated", "no-matmul"})
+    gives: ClassVar[frozenset[str]] = frozenset({"no-products"})
+    breaks: ClassVar[frozenset[str]] = frozenset({"calibrated"})
+
+    def run(self, program: Program) -> bool:
+        """Rewrite all products, with ranges observed before any of them changed."""
+        nodes = program.calls(d.MUL)
+        if not nodes:
+            return False
+        classes = find_classes(program)
+        plans = [self._plan(program, classes, n) for n in nodes]
+        for node, plan in zip(nodes, plans, strict=True):
+            self._rewrite(program, node, plan)
+        return True
+
+    def _plan(self, program: Program, classes: Classes, node: fx.Node) -> _Plan:
+        left, right = (_operand(cast(fx.Node, a)) for a in node.args)
+        a, b = (classes.of[o.root].reshape(-1)[o.elements] for o in (left, right))
+        group_of = _connected(a, b, classes.n_classes)
+        spread_a = _spread(program, classes, left.root)
+        spread_b = _spread(program, classes, right.root)
+        alpha, beta = _balance(a, b, group_of, spread_a, spread_b)
+        values = program.observed
+        u = (
+            (alpha[classes.of[left.root]] * values[left.root.name]).flatten(1)[:, left.elements]
+            + (beta[classes.of[right.root]] * values[right.root.name]).flatten(1)[:, right.elements]
+        )
+        group = group_of[a]
+        zeros = torch.zeros(classes.n_classes, dtype=torch.float64)
+        counts = zeros.scatter_add(0, group.reshape(-1), torch.ones(group.numel()).double())
+        means = zeros.scatter_add(0, group.reshape(-1), u.double().mean(0).reshape(-1))
+        means = means / counts.clamp_min(1)
+        return _Plan(
+            left, right,
+            _compact(alpha[classes.of[left.root]]), _compact(beta[classes.of[right.root]]),
+            _compact(means[group]),
+            _compact(means[_first(group_of[a], left)]), _compact(means[_first(group, right)]),
+            _compact(1.0 / (alpha[a] * beta[b])),
+        )
+
+    def _rewrite(self, program: Program, node: fx.Node, plan: _Plan) -> None:
+        b = program.before(node, self)
+        a1, b1 = b.scale(plan.left.root, plan.alpha), b.scale(plan.right.root, plan.beta)
+        u = b.add(plan.left.move(b, a1), plan.right.move(b, b1))
+        square = b.map(u, _square_around(plan.mean), "square")
+        own = [
+            operand.move(b, b.map(x, _own_square(mean), "square"))
+            for operand, x, mean in (
+                (plan.left, a1, plan.mean_left), (plan.right, b1, plan.mean_right)
+            )
+        ]
+        total = b.shift(b.add(b.add(square, own[0]), own[1]), -0.5 * plan.mean.square())
+        program.replace(node, b.scale(total, plan.factor))
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """One side of a product: the tensor before it was moved and repeated."""
+
+    root: fx.Node
+    moves: tuple[fx.Node, ...]
+    elements: Tensor
+    """Flat number of the root's element behind every element of the product."""
+
+    def move(self, b: object, x: fx.Node) -> fx.Node:
+        """Repeat the structural operators on x."""
+        for move in self.moves:
+            args = [x if i == 0 else a for i, a in enumerate(move.args)]
+            x = b.call(move.target, *args)  # type: ignore[attr-defined]
+        return x
+
+
+@dataclass(frozen=True)
+class _Plan:
+    left: _Operand
+    right: _Operand
+    alpha: Tensor
+    beta: Tensor
+    mean: Tensor
+    mean_left: Tensor
+    mean_right: Tensor
+    factor: Tensor
+
+
+def _operand(node: fx.Node) -> _Operand:
+    moves: list[fx.Node] = []
+    best = (math.prod(d.shape_of(node)), 0)
+    chain = [node]
+    while d.is_call(chain[-1], *_MOVES):
+        moves.append(chain[-1])
+        chain.append(d.input_node(chain[-1]))
+        best = min(best, (math.prod(d.shape_of(chain[-1])), -len(moves)))
+    taken = moves[: -best[1]] if best[1] else []
+    root = chain[len(taken)]
+    numbers = torch.arange(math.prod(d.shape_of(root))).view(d.shape_of(root))
+    for move in reversed(taken):
+        numbers = d.evaluate(move, numbers)
+    return _Operand(root, tuple(reversed(taken)), numbers)
+
+
+def _connected(a: Tensor, b: Tensor, n: int) -> Tensor:
+    """Number the groups of classes that meet in products; indexed by class of the left side."""
+    pairs = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1).numpy()
+    ones = torch.ones(pairs.shape[1], dtype=torch.int8).numpy()
+    graph = coo_matrix((ones, (pairs[0], pairs[1] + n)), shape=(2 * n, 2 * n))
+    labels = torch.from_numpy(connected_components(graph, directed=False)[1]).long()
+    return torch.unique(labels[:n], return_inverse=True)[1]
+
+
+def _spread(program: Program, classes: Classes, node: fx.Node) -> Tensor:
+    """Return the standard deviation of each class of a node, never zero."""
+    _, deviation = classes.moments(node, program.observed[node.name])
+    low, high = classes.extremes(node, program.observed[node.name])
+    floor = torch.maximum(high.abs(), low.abs()) * 1e-3 + 1e-12
+    return torch.where(deviation.isfinite(), torch.maximum(deviation, floor), torch.ones(()).double())
+
+
+def _balance(
+    a: Tensor, b: Tensor, group_of: Tensor, spread_a: Tensor, spread_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Choose the factor of each class so that both operands have the same spread.
+
+    Where classes meet one to one, alpha * beta = 1, so that products of different channels can be
+    summed as they are. Where one class meets many, each of the many is brought to spread one.
+    """
+    pairs = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1)
+    n = len(spread_a)
+    partners_a = torch.bincount(pairs[0], minlength=n)
+    partners_b = torch.bincount(pairs[1], minlength=n)
+    alpha, beta = 1.0 / spread_a, 1.0 / spread_b
+    single = (partners_a[pairs[0]] == 1) & (partners_b[pairs[1]] == 1)
+    one_a, one_b = pairs[0][single], pairs[1][single]
+    ratio = (spread_b[one_b] / spread_a[one_a]).sqrt()
+    alpha[one_a], beta[one_b] = ratio, 1.0 / ratio
+    return alpha, beta
+
+
+def _first(group: Tensor, operand: _Operand) -> Tensor:
+    """Return the group of each element of an operand's root."""
+    size = math.prod(d.shape_of(operand.root))
+    found = torch.zeros(size, dtype=torch.int64)
+    found[operand.elements.reshape(-1)] = group.reshape(-1)
+    return found.view(d.shape_of(operand.root))
+
+
+def _compact(values: Tensor) -> Tensor:
+    """Return values as float32, with size one where they do not vary along a dimension."""
+    values = values.float()
+    for dim in range(values.dim()):
+        first = values.narrow(dim, 0, 1)
+        if torch.equal(first.expand(values.shape), values):
+            values = first
+    return values
+
+
+def _square_around(mean: Tensor) -> fx.GraphModule:
+    centre = mean.item() if mean.numel() == 1 else mean
+    return elementwise(
+        (aten.sub.Tensor, (centre,), {}),
+        (aten.pow.Tensor_Scalar, (2,), {}),
+        (aten.mul.Tensor, (0.5,), {}),
+    )
+
+
+def _own_square(mean: Tensor) -> fx.GraphModule:
+    """Return x -> m x - x^2 / 2, written as m^2 / 2 - (x - m)^2 / 2."""
+    centre = mean.item() if mean.numel() == 1 else mean
+    half = 0.5 * mean.square()
+    return elementwise(
+        (aten.sub.Tensor, (centre,), {}),
+        (aten.pow.Tensor_Scalar, (2,), {}),
+        (aten.mul.Tensor, (-0.5,), {}),
+        (aten.add.Tensor, (half.item() if half.numel() == 1 else half,), {}),
+    )

@@ -1,0 +1,56 @@
+"""Give each reader of an input a ciphertext of its own, where their encodings would differ.
+
+Exact. A fresh ciphertext costs the client little, but an input that goes into a wide accumulator
+and straight into a result would make the result as wide as the accumulator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from fhe_fx.ir.program import Program
+from fhe_fx.passes.base import Pass, register
+from fhe_fx.quant.classes import encodings
+
+__all__ = ["SplitInputs"]
+
+
+@register
+@dataclass(frozen=True)
+class SplitInputs(Pass):
+    """Copy an input for its readers, then merge the copies that share an encoding anyway."""
+
+    name: ClassVar[str] = "split-inputs"
+    requires: ClassVar[frozenset[str]] = frozenset({"normal"})
+    gives: ClassVar[frozenset[str]] = frozenset({"inputs-split"})
+    breaks: ClassVar[frozenset[str]] = frozenset({"calibrated"})
+
+    def run(self, program: Program) -> bool:
+        """Rewrite every input with several readers."""
+        program.sources = {n.name: program.source_of(n) for n in program.placeholders}
+        originals = program.placeholders
+        for node in originals:
+            for user in list(node.users)[1:]:
+                user.replace_input_with(node, self._copy(program, node))
+        number = encodings(program)
+        kept: dict[tuple[int, int], fx.Node] = {}
+        for node in program.placeholders:
+            key = (program.sources[node.name], number[node])
+            if key in kept:
+                node.replace_all_uses_with(kept[key])
+                program.graph.erase_node(node)
+                del program.sources[node.name]
+            else:
+                kept[key] = node
+        return len(program.placeholders) > len(originals)
+
+    @staticmethod
+    def _copy(program: Program, node: fx.Node) -> fx.Node:
+        with program.graph.inserting_before(program.placeholders[-1].next):
+            copy = program.graph.placeholder(f"{node.name}_copy")
+        copy.meta.update(node.meta)
+        program.sources[copy.name] = program.sources[node.name]
+        return copy
