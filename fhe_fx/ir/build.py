@@ -84,8 +84,9 @@ class Builder:
 
     def constant(self, tensor: Tensor) -> fx.Node:
         """Emit a reference to a constant, kept in the module as a buffer."""
-        number = getattr(self.module, "_n_constants", 0)
-        self.module._n_constants = number + 1  # type: ignore[assignment]
+        number = len(self.module._buffers)
+        while hasattr(self.module, f"c{number}"):
+            number += 1
         name = f"c{number}"
         self.module.register_buffer(name, tensor.detach().clone())
         with self.graph.inserting_before(self.before):

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
 from fhe_fx.ir.ops import LINEAR, SCALE, SHIFT
+from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.passes.base import Pass, register
@@ -144,6 +145,7 @@ class _Lowering:
             scale, bits,
         )
         read = builder.lookup(x.node, tables.entries, tables.which, bits, accumulator - bits)
+        read.meta["function"] = operator_name(node)
         result = self._typed(read, scale, tables.offset, width)
         # Centre the result, so that sums of many stay inside their encoding.
         mean = self.program.observed[node.name].double().mean(0)

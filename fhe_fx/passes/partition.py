@@ -95,9 +95,7 @@ def extract(
         new.meta = dict(node.meta)
         copied[node] = new
     graph.output(tuple(copied[n] for n in outputs))
-    result = fx.GraphModule(root, graph)
-    result._n_constants = getattr(module, "_n_constants", 0)  # type: ignore[assignment]
-    return result
+    return fx.GraphModule(root, graph)
 
 
 def _attribute(module: fx.GraphModule, node: fx.Node) -> torch.Tensor:

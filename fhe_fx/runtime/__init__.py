@@ -1,0 +1,6 @@
+"""Running compiled parts inside the models that they came from."""
+
+from fhe_fx.runtime.module import EncryptedModule
+from fhe_fx.runtime.region import MODES, Region
+
+__all__ = ["MODES", "EncryptedModule", "Region"]

@@ -1,0 +1,426 @@
+"""The public verbs: encrypt a submodule, compile it, choose its mode, report its cost."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fhe_fx.capture import capture, resolve_targets
+from fhe_fx.errors import CalibrationError, CaptureError, FheFxError, InputError, TargetError
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.ops import ENTER, LEAVE
+from fhe_fx.ir.program import Program
+from fhe_fx.options import Options
+from fhe_fx.passes import Annotate, Partition, Pipeline, default_pipeline
+from fhe_fx.passes.normalize import Normalize
+from fhe_fx.passes.partition import ENCRYPTED
+from fhe_fx.passes.select_heads import SelectHeads
+from fhe_fx.quant.calibration import Call, as_call, check_calibration, sample_from_model
+from fhe_fx.report import Report, report_on
+from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
+from fhe_fx.runtime.region import Region
+
+__all__ = ["build_region", "compile", "encrypt_submodule", "encrypted_modules", "report", "set_mode"]
+
+M = TypeVar("M", bound=nn.Module)
+DEFAULT_TOKENS = 8
+
+
+def encrypt_submodule(
+    model: M,
+    target: str | Sequence[str],
+    *,
+    n_bits: int = 4,
+    max_tokens: int | None = None,
+    heads: Sequence[int] | None = None,
+    calibration: Iterable[Any] | None = None,
+    example: Any = None,
+    input_bits: int | None = None,
+    weight_bits: int | None = None,
+    p_error: float | None = None,
+    passes: Pipeline | None = None,
+    options: Options | None = None,
+) -> M:
+    """Return a copy of a model in which a submodule can run on encrypted data.
+
+    Args:
+        model: any module that `torch.export` captures. It is left as it is.
+        target: dotted path of a submodule, a unique suffix, a glob, `"re:..."`, or a list of these.
+        n_bits: precision of a quantized activation.
+        max_tokens: rows that the circuit takes; shorter prompts are padded where the region is
+            causal. By default the usual length of the calibration inputs, or 8.
+        heads: encrypt these heads of an attention only, with their q, k and v projections.
+        calibration: model inputs, each a tensor, a tuple of tensors or a mapping of keyword
+            arguments. Without them a language model writes its own.
+        example: one such input, whose shapes the circuit takes; by default the first calibration
+            input that is long enough.
+        input_bits: precision of the client's encrypted input.
+        weight_bits: least precision of a clear weight.
+        p_error: probability that one look-up reads a neighbouring entry.
+        passes: a pipeline in place of `fhe_fx.passes.default_pipeline()`.
+        options: all other choices; the keywords above win over it.
+
+    Returns:
+        A model of the same class. Each target is a module with `.mode`, at first "disable".
+
+    Raises:
+        TargetError: if the target does not exist, is ambiguous, or has no such heads.
+        OptionsError: if a number is outside its domain.
+        CalibrationError: if calibration inputs are missing, malformed or not finite.
+        CaptureError: if the model cannot be captured, or the target is not one region.
+        UnsupportedOpError: lists all operators of the target that cannot run encrypted.
+        BitWidthError: if an accumulator cannot be held.
+    """
+    given = {
+        "n_bits": n_bits, "input_bits": input_bits, "weight_bits": weight_bits, "p_error": p_error,
+    }
+    if options is not None and n_bits == Options.n_bits:
+        given["n_bits"] = None  # not given: what the options say holds
+    known = {k: v for k, v in given.items() if v is not None}
+    options = dataclasses.replace(options or Options(), **known)  # type: ignore[arg-type]
+    paths = resolve_targets(model, target)
+    _refuse_encrypted(model, paths)
+    _check_weights(model, paths)
+    pipeline = passes or default_pipeline()
+    pipeline.check()
+    copied = copy.deepcopy(model).eval()
+    _without_cache(copied)
+    calls, first = _calibration_calls(copied, calibration, example, max_tokens, options)
+    whole = capture(copied, first.args, first.kwargs, paths)
+    recorded = _record(copied, paths, [first, *calls])
+    stand_ins = {}
+    for path in paths:
+        region, signature = build_region(whole, path, recorded[path], heads, pipeline, options)
+        stand_ins[path] = EncryptedModule(copied.get_submodule(path), region, signature)
+    for path, module in stand_ins.items():
+        copied.set_submodule(path, module)
+    return copied
+
+
+def compile(model: nn.Module, *, verbose: bool = True) -> Report:  # noqa: A001
+    """Compile every encrypted part that is not compiled yet; nothing else needs Concrete sooner.
+
+    Args:
+        model: returned by `encrypt_submodule`.
+        verbose: print one line on standard error for each circuit.
+
+    Raises:
+        BitWidthError: if no parameters exist for a circuit; says what would compile.
+    """
+    for module in encrypted_modules(model):
+        module.region.circuit()
+        if verbose:
+            line = report_on([(module.region.program, module.region.facts)]).regions[0].line()
+            sys.stderr.write(line + "\n")
+    return report(model)
+
+
+def set_mode(model: nn.Module, mode: str) -> None:
+    """Switch every encrypted part of a model to `disable`, `clear`, `simulate` or `execute`.
+
+    Raises:
+        OptionsError: if there is no such mode.
+        TargetError: if the model has no encrypted part.
+    """
+    for module in encrypted_modules(model):
+        module.mode = mode
+
+
+def report(model: nn.Module) -> Report:
+    """Return what the encrypted parts of a model cost.
+
+    Raises:
+        TargetError: if the model has no encrypted part.
+    """
+    return report_on([(m.region.program, m.region.facts) for m in encrypted_modules(model)])
+
+
+def encrypted_modules(model: nn.Module) -> list[EncryptedModule]:
+    """List the encrypted parts of a model, in its order.
+
+    Raises:
+        TargetError: if there is none.
+    """
+    found = [m for m in model.modules() if isinstance(m, EncryptedModule)]
+    if not found:
+        raise TargetError(
+            f"{type(model).__name__} has no encrypted part. Use the model that "
+            f"fhe_fx.encrypt_submodule returned; it leaves the one it is given as it was."
+        )
+    return found
+
+
+# Calibration ----------------------------------------------------------------------------------
+
+
+def _calibration_calls(
+    model: nn.Module, calibration: Iterable[Any] | None, example: Any, max_tokens: int | None,
+    options: Options,
+) -> tuple[list[Call], Call]:
+    """Return calibration calls of one length, and the example call."""
+    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+        raise CalibrationError(f"max_tokens={max_tokens!r} is not a positive integer.")
+    shown = None if example is None else _plain(as_call(example))
+    if calibration is None:
+        length = max_tokens or (_length(shown) if shown else None) or DEFAULT_TOKENS
+        calls = [_plain(c) for c in sample_from_model(model, length, options)]
+    else:
+        calls = [row for c in check_calibration(calibration) for row in _split_batch(_plain(c))]
+        lengths = sorted(n for c in calls if (n := _length(c)) is not None)
+        length = max_tokens or (_length(shown) if shown else None)
+        length = length or (lengths[len(lengths) // 2] if lengths else 0)
+    if shown is not None and _length(shown) not in {None, length} and max_tokens is not None:
+        shown = _cut(shown, length)
+    fitting = [cut for c in calls if (cut := _cut(c, length)) is not None]
+    if shown is None:
+        if not fitting:
+            raise CalibrationError(
+                f"None of the {len(calls)} calibration inputs has {length} tokens or more. "
+                f"Give longer ones, or a smaller max_tokens."
+            )
+        shown = fitting[0]
+    shown = _split_batch(shown)[0]
+    shapes = [tuple(t.shape) for t in shown.tensors()]
+    fitting = [c for c in fitting if [tuple(t.shape) for t in c.tensors()] == shapes]
+    if len(fitting) < 2:
+        raise CalibrationError(
+            f"{len(fitting)} calibration input(s) have the example's shapes {shapes}; at least 2 "
+            f"are needed, and some dozens are wise."
+        )
+    extra = {"use_cache": False} if _takes_use_cache(model) else {}
+    with_flag = [Call(c.args, {**c.kwargs, **extra}) for c in fitting]
+    return with_flag, Call(shown.args, {**shown.kwargs, **extra})
+
+
+def _plain(call: Call) -> Call:
+    """Drop an attention mask of ones; refuse one that hides something."""
+    mask = call.kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and not bool((mask != 0).all()):
+        raise CalibrationError(
+            "A calibration input has an attention_mask with zeros. Give unpadded inputs, one each."
+        )
+    kwargs = {k: v for k, v in call.kwargs.items() if k not in {"attention_mask", "use_cache"}}
+    return Call(call.args, kwargs)
+
+
+def _length(call: Call | None) -> int | None:
+    """Return the number of tokens of a call whose first tensor holds token numbers."""
+    tensors = call.tensors() if call else []
+    if tensors and not tensors[0].is_floating_point() and tensors[0].dim() == 2:
+        return tensors[0].shape[1]
+    return None
+
+
+def _cut(call: Call, length: int) -> Call | None:
+    """Keep the first `length` tokens; None if there are fewer."""
+    tokens = _length(call)
+    if tokens is None or tokens == length:
+        return call
+    if tokens < length:
+        return None
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == tokens:
+            return value[:, :length]
+        return value
+
+    return Call(tuple(cut(v) for v in call.args), {k: cut(v) for k, v in call.kwargs.items()})
+
+
+def _split_batch(call: Call) -> list[Call]:
+    """Make one call of each row of a batch."""
+    sizes = {t.shape[0] for t in call.tensors() if t.dim() > 1}
+    if len(sizes) != 1 or sizes == {1}:
+        return [call]
+    n = sizes.pop()
+
+    def row(value: Any, i: int) -> Any:
+        has_rows = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == n
+        return value[i : i + 1] if has_rows else value
+
+    return [
+        Call(tuple(row(v, i) for v in call.args), {k: row(v, i) for k, v in call.kwargs.items()})
+        for i in range(n)
+    ]
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    return "use_cache" in inspect.signature(model.forward).parameters
+
+
+def _without_cache(model: nn.Module) -> None:
+    """Let the copy recompute its prompt: a circuit has no past."""
+    for holder in ("config", "generation_config"):
+        if hasattr(getattr(model, holder, None), "use_cache"):
+            getattr(model, holder).use_cache = False
+
+
+def _refuse_encrypted(model: nn.Module, paths: Sequence[str]) -> None:
+    for path in paths:
+        if any(isinstance(m, EncryptedModule) for m in model.get_submodule(path).modules()):
+            raise TargetError(f"{path} is encrypted already. Start from the float model.")
+
+
+def _check_weights(model: nn.Module, paths: Sequence[str]) -> None:
+    for path in paths:
+        for name, value in model.get_submodule(path).state_dict().items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise CalibrationError(
+                    f"{path}.{name} holds {int((~torch.isfinite(value)).sum())} values that are "
+                    f"nan or inf. Load the weights again."
+                )
+
+
+# Regions --------------------------------------------------------------------------------------
+
+
+def _record(
+    model: nn.Module, paths: Sequence[str], calls: Sequence[Call]
+) -> dict[str, list[tuple[dict[str, Any], Any]]]:
+    """Run the float model and keep every call of each target: its leaves and its output."""
+    found: dict[str, list[tuple[dict[str, Any], Any]]] = {path: [] for path in paths}
+
+    def keep(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            found[path].append((keyed_leaves(args, kwargs), output))
+
+        return hook
+
+    handles = [
+        model.get_submodule(p).register_forward_hook(keep(p), with_kwargs=True) for p in paths
+    ]
+    try:
+        with torch.no_grad():
+            for call in calls:
+                model(*call.args, **call.kwargs)
+    except FheFxError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"The model does not run on a calibration input: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def build_region(
+    whole: Program, path: str, recorded: Sequence[tuple[Mapping[str, Any], Any]],
+    heads: Sequence[int] | None, pipeline: Pipeline, options: Options,
+) -> tuple[Region, Signature]:
+    """Cut a submodule out of a captured model and lower it to integers.
+
+    Args:
+        whole: the captured model; left as it is.
+        path: dotted path of the submodule.
+        recorded: leaves and output of its calls, the example's first.
+        heads: heads to encrypt, or None for all of it.
+        pipeline: lowers the region.
+        options: how.
+    """
+    target = Program(copy.deepcopy(whole.module), name=path, options=options)
+    Pipeline((Annotate(path), Partition())).run(target)
+    target.module = target.module.get_submodule(ENCRYPTED)  # type: ignore[assignment]
+    target.properties = {"captured"}
+    leaves, output = recorded[0]
+    names = _encrypted_names(target, path, list(leaves))
+    signature = Signature(
+        encrypted=tuple(names),
+        others={k: _detached(v) for k, v in leaves.items() if k not in names},
+        results=_result_leaves(target, path),
+        output=pytree.tree_map(_detached, output),
+    )
+    target.samples = [
+        tuple(call[name].detach().float() for name in names) for call, _ in recorded[1:]
+    ]
+    Pipeline((Normalize(),)).run(target)
+    composed = Program(
+        copy.deepcopy(target.module), name=path, options=options, properties={"normal"}
+    )
+    if heads is None:
+        for node in composed.graph.nodes:
+            node.meta["encrypted"] = node.op in {"call_function", "call_module"}
+        composed.properties.add("annotated")
+        Pipeline((Partition(),)).run(composed)
+    else:
+        Pipeline((SelectHeads(tuple(heads)), Partition())).run(composed)
+    captured = Program(
+        composed.module.get_submodule(ENCRYPTED),  # type: ignore[arg-type]
+        name=path if heads is None else f"{path} heads {','.join(map(str, heads))}",
+        options=options,
+        samples=_inputs_of_region(composed, target.samples),
+        properties={"captured", "normal"},
+    )
+    program = copy.deepcopy(captured)
+    pipeline.run(program)
+    shapes = tuple(d.shape_of(n) for n in target.placeholders)
+    region = Region(path, target, composed.module, captured, program, pipeline, shapes)
+    return region, signature
+
+
+def _detached(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _encrypted_names(target: Program, path: str, names: list[str]) -> list[str]:
+    """Return the argument that each placeholder of the region is."""
+    found: dict[str, str] = {}
+    for node in target.calls(ENTER):
+        if node.args[1] == path and d.input_node(node).op == "placeholder":
+            found[d.input_node(node).name] = names[int(node.args[2])]  # type: ignore[call-overload]
+    missing = [n for n in target.placeholders if n.name not in found]
+    if missing:
+        listed = "\n".join(
+            f"  {n.name}  {n.meta.get('module_path', '')}  {n.meta.get('source', '')}"
+            for n in missing
+        )
+        raise CaptureError(
+            f"{path} reads {len(missing)} value(s) that depend on the model's input but are not "
+            f"floating-point arguments of its forward.\n{listed}\n"
+            f"Encrypt a submodule that contains these too."
+        )
+    return [found[n.name] for n in target.placeholders]
+
+
+def _result_leaves(target: Program, path: str) -> tuple[int, ...]:
+    leaves = []
+    for node in target.results:
+        if not d.is_call(node, LEAVE) or node.args[1] != path:
+            raise CaptureError(
+                f"{path}: {node.name} ({node.meta.get('source', '')}) is used outside but is not "
+                f"among the module's results. Encrypt the submodule that returns it."
+            )
+        leaves.append(int(node.args[2]))  # type: ignore[call-overload]
+    return tuple(leaves)
+
+
+class _RegionInputs(torch.fx.Interpreter):
+    """Runs the client's prefix and keeps what enters the encrypted region."""
+
+    inputs: tuple[Tensor, ...] = ()
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target == ENCRYPTED:
+            self.inputs = tuple(args)
+        return super().call_module(target, args, kwargs)
+
+
+def _inputs_of_region(
+    composed: Program, samples: Sequence[tuple[Tensor, ...]]
+) -> list[tuple[Tensor, ...]]:
+    found = []
+    with torch.no_grad():
+        for sample in samples:
+            runner = _RegionInputs(composed.module)
+            runner.run(*sample)
+            found.append(runner.inputs)
+    return found

@@ -1,0 +1,157 @@
+"""Calibration inputs: those given are checked, those missing are sampled from the model itself."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fhe_fx.errors import CalibrationError
+from fhe_fx.options import Options
+
+__all__ = ["Call", "as_call", "check_calibration", "sample_from_model"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors among the arguments, in order."""
+        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+
+
+def as_call(given: Any) -> Call:
+    """Read a tensor, a tuple of arguments, or a mapping of keyword arguments as a call.
+
+    Raises:
+        CalibrationError: if it is none of these.
+    """
+    if isinstance(given, Call):
+        return given
+    if isinstance(given, Tensor):
+        return Call((given,), {})
+    if isinstance(given, Mapping):
+        return Call((), dict(given))
+    if isinstance(given, (tuple, list)) and all(isinstance(v, Tensor) for v in given):
+        return Call(tuple(given), {})
+    raise CalibrationError(
+        f"A model input is a {type(given).__name__}; give a tensor, a tuple of tensors, or a "
+        f"mapping of keyword arguments (as a tokenizer returns)."
+    )
+
+
+def check_calibration(given: Iterable[Any]) -> list[Call]:
+    """Read and check calibration inputs.
+
+    Raises:
+        CalibrationError: if there is none, or one is not finite.
+
+    Warns:
+        UserWarning: if they look like random noise, on which ranges mean nothing.
+    """
+    calls = [as_call(one) for one in given]
+    if not calls:
+        raise CalibrationError("calibration is empty. Give some inputs, or leave it out.")
+    for number, call in enumerate(calls):
+        if not all(bool(torch.isfinite(t).all()) for t in call.tensors() if t.is_floating_point()):
+            raise CalibrationError(f"Calibration input {number} holds nan or inf.")
+    reason = _looks_random(calls)
+    if reason:
+        warnings.warn(
+            f"The calibration data look like random noise ({reason}). Ranges found on noise do not "
+            f"fit real inputs. Give real inputs, or leave calibration out: the model then samples "
+            f"its own.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return calls
+
+
+def _looks_random(calls: Sequence[Call]) -> str:
+    first = [call.tensors()[0] for call in calls if call.tensors()]
+    if not first:
+        return ""
+    flat = torch.cat([t.reshape(-1) for t in first])
+    n = len(flat)
+    if n < 32:
+        return ""
+    if flat.is_floating_point():
+        # Independent normal or uniform values, all alike: real activations and pixels are not.
+        values = flat.double()
+        mean, deviation = float(values.mean()), float(values.std())
+        kurtosis = float(((values - mean) ** 4).mean() / max(deviation, 1e-30) ** 4)
+        error = 4.0 * math.sqrt(24.0 / n)
+        if n < 256 or deviation == 0:
+            return ""
+        if abs(mean) < 4 / math.sqrt(n) and abs(deviation - 1) < 4 / math.sqrt(2 * n):
+            if abs(kurtosis - 3) < error:
+                return "standard normal values"
+        if abs(kurtosis - 1.8) < error / 2 and 0 <= float(values.min()) < float(values.max()) <= 1:
+            return "values uniform on [0, 1]"
+        return ""
+    # Words repeat; uniform numbers hardly do. Compare collisions with what uniform ids would give.
+    _, counts = torch.unique(flat, return_counts=True)
+    collisions = float((counts.double() * (counts - 1)).sum()) / 2
+    span = int(flat.max()) - int(flat.min()) + 1
+    expected = n * (n - 1) / 2 / span
+    if span > 64 and collisions < 2 * expected + 3 * math.sqrt(expected) + 1 and n >= 64:
+        return "token numbers without repetition"
+    return ""
+
+
+def sample_from_model(model: nn.Module, tokens: int, options: Options) -> list[Call]:
+    """Let a language model write its own calibration inputs, by sampling at temperature one.
+
+    Args:
+        model: takes `input_ids` and returns `logits`, or a base model of a vocabulary; the start of
+            each sample is a token drawn from the model's own distribution after its first token.
+        tokens: length of each sample.
+        options: number of samples, and seed.
+
+    Raises:
+        CalibrationError: if the model has no vocabulary to sample from.
+    """
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not isinstance(size, int):
+        raise CalibrationError(
+            f"{type(model).__name__} has no vocabulary to sample inputs from. "
+            f"Pass calibration=[...]: some dozens of real inputs."
+        )
+    generator = torch.Generator().manual_seed(options.seed)
+    start = getattr(model.config, "bos_token_id", None)
+    n = options.n_samples
+    if isinstance(start, int) and start < size:
+        ids = torch.full((n, 1), start)
+    else:
+        ids = torch.randint(size, (n, 1), generator=generator)
+    with torch.no_grad():
+        while ids.shape[1] <= tokens:
+            logits = _logits(model, ids)
+            if logits is None:
+                new = torch.randint(size, (n, 1), generator=generator)
+            else:
+                new = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+            ids = torch.cat([ids, new], 1)
+    # The start token is dropped: prompts rarely begin with it, and it is an outlier in most models.
+    return [Call((), {"input_ids": row[None, 1:]}) for row in ids]
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor | None:
+    output = model(input_ids=ids)
+    logits = getattr(output, "logits", None)
+    if logits is not None:
+        return logits[:, -1]  # type: ignore[no-any-return]
+    hidden = getattr(output, "last_hidden_state", None)
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if hidden is None or embedding is None or embedding.weight.shape[-1] != hidden.shape[-1]:
+        return None
+    return hidden[:, -1] @ embedding.weight.T  # type: ignore[no-any-return]

@@ -1,0 +1,170 @@
+"""Cost tables: totals of each region and a row for each look-up node."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fhe_fx.backends.base import CircuitFacts
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.ops import LOOKUP
+from fhe_fx.ir.program import Program
+from fhe_fx.ir.types import ValueType
+from fhe_fx.report.machine import bootstrap_rate
+
+__all__ = ["NodeCost", "RegionCost", "Report", "report_on"]
+
+_UNIT = {1: 2.0e7, 2: 2.0e7, 3: 3.0e7, 4: 4.1e7, 5: 5.9e7, 6: 9.7e7, 7: 2.0e8, 8: 4.5e8}
+"""Complexity of one look-up by input bits at p_error 0.1 (docs/design.md): weights of the shares."""
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """One look-up node."""
+
+    node: str
+    function: str
+    module_path: str
+    source: str
+    look_ups: int
+    input_bits: int
+    accumulator_bits: int
+    share: float
+    """Estimated part of the region's cost, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class RegionCost:
+    """One encrypted region."""
+
+    name: str
+    look_ups: int
+    max_lookup_bits: int
+    p_error: float
+    nodes: tuple[NodeCost, ...]
+    complexity: float | None = None
+    """None until compiled, as are the sizes."""
+    key_bytes: int | None = None
+    input_bytes: int | None = None
+    output_bytes: int | None = None
+    compile_seconds: float | None = None
+    estimated_seconds: float | None = None
+    """One run on this machine, from the complexity and the machine's look-up rate."""
+
+    def line(self) -> str:
+        """Return the one line that is said when a circuit has been compiled."""
+        text = (
+            f"{self.name}: look-ups of at most {self.max_lookup_bits} bits, "
+            f"{self.look_ups:,} bootstraps"
+        )
+        if self.complexity is None:
+            return f"{text}, not compiled yet"
+        seconds = self.estimated_seconds or 0.0
+        return (
+            f"{text}, complexity {_scientific(self.complexity)}, "
+            f"keys {(self.key_bytes or 0) / 1e9:.1f} GB, about {_seconds(seconds)} on this machine"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the encrypted parts of a model cost."""
+
+    regions: tuple[RegionCost, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return totals, and each region with its nodes."""
+        return {
+            "look_ups": sum(r.look_ups for r in self.regions),
+            "max_lookup_bits": max((r.max_lookup_bits for r in self.regions), default=0),
+            "complexity": _total(r.complexity for r in self.regions),
+            "key_bytes": _total(r.key_bytes for r in self.regions),
+            "regions": [asdict(r) for r in self.regions],
+        }
+
+    def to_json(self) -> str:
+        """Return `as_dict` as JSON."""
+        return json.dumps(self.as_dict(), indent=2)
+
+    def __str__(self) -> str:
+        blocks = []
+        for region in self.regions:
+            header = ("module path", "function", "look-ups", "bits", "of", "share", "source")
+            rows = [
+                (
+                    n.module_path, n.function, f"{n.look_ups:,}", str(n.input_bits),
+                    str(n.accumulator_bits), f"{100 * n.share:.1f} %", n.source,
+                )
+                for n in region.nodes
+            ]
+            widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+            right = {2, 3, 4, 5}
+            table = [
+                "  ".join(
+                    c.rjust(w) if i in right else c.ljust(w)
+                    for i, (c, w) in enumerate(zip(row, widths, strict=True))
+                ).rstrip()
+                for row in [header, *rows]
+            ]
+            blocks.append("\n".join([region.line(), *[f"  {line}" for line in table]]))
+        return "\n\n".join(blocks)
+
+
+def report_on(programs: Sequence[tuple[Program, CircuitFacts | None]]) -> Report:
+    """Make the report of integer programs, and of their circuits where compiled."""
+    return Report(tuple(_region(program, facts) for program, facts in programs))
+
+
+def _region(program: Program, facts: CircuitFacts | None) -> RegionCost:
+    look_ups = program.calls(LOOKUP)
+    counts = {n: math.prod(d.shape_of(n)) for n in look_ups}
+    costs = {n: counts[n] * _UNIT.get(_bits(n), 1e8 * 2.0 ** (_bits(n) - 6)) for n in look_ups}
+    total = sum(costs.values()) or 1.0
+    nodes = []
+    for n in look_ups:
+        source: ValueType = d.input_node(n).meta["type"]
+        nodes.append(
+            NodeCost(
+                n.name, str(n.meta.get("function", "look-up")), str(n.meta.get("module_path", "")),
+                str(n.meta.get("source", "")), counts[n], _bits(n), source.bits, costs[n] / total,
+            )
+        )
+    nodes.sort(key=lambda c: -c.share)
+    base = RegionCost(
+        name=program.name,
+        look_ups=sum(counts.values()),
+        max_lookup_bits=max((_bits(n) for n in look_ups), default=0),
+        p_error=program.options.p_error,
+        nodes=tuple(nodes),
+    )
+    if facts is None:
+        return base
+    rate, _ = bootstrap_rate()
+    return RegionCost(
+        base.name, facts.look_ups, base.max_lookup_bits, facts.p_error, base.nodes,
+        facts.complexity, facts.key_bytes, facts.input_bytes, facts.output_bytes,
+        facts.compile_seconds, facts.complexity / rate,
+    )
+
+
+def _bits(node: Any) -> int:
+    return int(node.args[3])
+
+
+def _total(values: Any) -> Any:
+    known = [v for v in values if v is not None]
+    return sum(known) if known else None
+
+
+def _scientific(value: float) -> str:
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return "1 s"
+    return f"{seconds:.0f} s" if seconds < 180 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,128 @@
+"""One compiled part of a model: client prefix, circuit, client suffix, and the circuit's backends."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+
+from fhe_fx.backends.base import Circuit, CircuitFacts
+from fhe_fx.backends.reference import ReferenceBackend
+from fhe_fx.errors import BitWidthError, FheFxError
+from fhe_fx.ir.program import Program
+from fhe_fx.passes.base import Pipeline
+from fhe_fx.passes.partition import ENCRYPTED, PREFIX, SUFFIX
+from fhe_fx.runtime.causality import causal_axes
+from fhe_fx.runtime.codec import decode, encode
+
+__all__ = ["MODES", "Region"]
+
+MODES = ("disable", "clear", "simulate", "execute")
+"""Float; integers by the reference; integers with modelled noise; encrypted."""
+
+
+@dataclass
+class Region:
+    """A part of a model, lowered, with what is needed to run it."""
+
+    name: str
+    """Dotted path of the submodule."""
+    target: Program
+    """The submodule in float, normalized: what the integers approximate."""
+    composed: fx.GraphModule
+    """Prefix, encrypted region and suffix; only the parts that exist are called."""
+    captured: Program
+    """The encrypted region in float, before any pass."""
+    program: Program
+    """The encrypted region in integers."""
+    pipeline: Pipeline
+    """What lowered it."""
+    input_shapes: tuple[tuple[int, ...], ...]
+    """Shape of each encrypted input of the submodule, for one sample."""
+    _circuit: Circuit | None = None
+    _causal: dict[int, dict[int, int] | None] = field(default_factory=dict)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a circuit has been made."""
+        return self._circuit is not None
+
+    @property
+    def facts(self) -> CircuitFacts | None:
+        """What the circuit costs, once compiled."""
+        return self._circuit.facts if self._circuit is not None else None
+
+    def circuit(self) -> Circuit:
+        """Return the Concrete circuit, compiling it at the first call.
+
+        Raises:
+            BitWidthError: if no parameters exist; names the widest look-up and what would compile.
+        """
+        if self._circuit is None:
+            from fhe_fx.backends.concrete import ConcreteBackend
+
+            try:
+                self._circuit = ConcreteBackend().compile(self.program)
+            except BitWidthError as error:
+                raise BitWidthError(f"{error}\n{self._advice()}") from error
+        return self._circuit
+
+    def _advice(self) -> str:
+        """Find the smallest change of n_bits with which the region compiles."""
+        from fhe_fx.backends.concrete import ConcreteBackend
+
+        options = self.program.options
+        for n_bits in range(options.n_bits - 1, 0, -1):
+            smaller = copy.deepcopy(self.captured)
+            smaller.options = replace(options, n_bits=n_bits)
+            try:
+                self.pipeline.run(smaller)
+                ConcreteBackend().compile(smaller)
+            except FheFxError:
+                continue
+            return f"Try n_bits={n_bits}: it compiles."
+        return "No smaller n_bits compiles either. Encrypt a smaller part."
+
+    def causal(self, length: int) -> dict[int, int] | None:
+        """Return the row axis of each result if the region is causal, as proved on its graph."""
+        if length not in self._causal:
+            self._causal[length] = causal_axes(self.target, length)
+        return self._causal[length]
+
+    def run_float(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run the submodule in float, as captured."""
+        return self.target(*[x.float() for x in inputs])
+
+    def run(self, inputs: Sequence[Tensor], mode: str) -> tuple[Tensor, ...]:
+        """Run one sample: the client's float parts, and the circuit in between.
+
+        Args:
+            inputs: one tensor for each encrypted input of the submodule.
+            mode: "clear", "simulate" or "execute".
+        """
+        with torch.no_grad():
+            results = _Composed(self, mode).run(*[x.float() for x in inputs])
+        return tuple(results)
+
+    def run_circuit(self, inputs: Sequence[Tensor], mode: str) -> list[Tensor]:
+        """Quantize, run the circuit in one of its modes, and return real results."""
+        circuit = ReferenceBackend().compile(self.program) if mode == "clear" else self.circuit()
+        runs = {"clear": circuit.clear, "simulate": circuit.simulate, "execute": circuit.execute}
+        return decode(self.program, runs[mode](encode(self.program, inputs)))
+
+
+class _Composed(fx.Interpreter):
+    """Runs prefix and suffix in float, and the encrypted region as a circuit."""
+
+    def __init__(self, region: Region, mode: str) -> None:
+        super().__init__(region.composed)
+        self._region, self._mode = region, mode
+
+    def call_module(self, target: object, args: tuple[Tensor, ...], kwargs: object) -> object:
+        if target == ENCRYPTED:
+            return self._region.run_circuit(args, self._mode)
+        assert target in {PREFIX, SUFFIX}
+        return super().call_module(target, args, kwargs)  # type: ignore[arg-type]
