@@ -1,7 +1,7 @@
 """fhe_fx rewrites PyTorch graphs so that a part of a model runs on encrypted data."""
 
 from fhe_fx import passes
-from fhe_fx.api import compile, encrypt_submodule, report, set_mode  # noqa: A004
+from fhe_fx.api import compile, encrypt_submodule, report, set_mode
 from fhe_fx.errors import FheFxError
 from fhe_fx.options import Options
 from fhe_fx.passes import register_lowering

@@ -28,7 +28,14 @@ from fhe_fx.report import Report, report_on
 from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
 from fhe_fx.runtime.region import Region
 
-__all__ = ["build_region", "compile", "encrypt_submodule", "encrypted_modules", "report", "set_mode"]
+__all__ = [
+    "build_region",
+    "compile",
+    "encrypt_submodule",
+    "encrypted_modules",
+    "report",
+    "set_mode",
+]
 
 M = TypeVar("M", bound=nn.Module)
 DEFAULT_TOKENS = 8
@@ -80,7 +87,10 @@ def encrypt_submodule(
         BitWidthError: if an accumulator cannot be held.
     """
     given = {
-        "n_bits": n_bits, "input_bits": input_bits, "weight_bits": weight_bits, "p_error": p_error,
+        "n_bits": n_bits,
+        "input_bits": input_bits,
+        "weight_bits": weight_bits,
+        "p_error": p_error,
     }
     if options is not None and n_bits == Options.n_bits:
         given["n_bits"] = None  # not given: what the options say holds
@@ -105,7 +115,7 @@ def encrypt_submodule(
     return copied
 
 
-def compile(model: nn.Module, *, verbose: bool = True) -> Report:  # noqa: A001
+def compile(model: nn.Module, *, verbose: bool = True) -> Report:
     """Compile every encrypted part that is not compiled yet; nothing else needs Concrete sooner.
 
     Args:
@@ -162,7 +172,10 @@ def encrypted_modules(model: nn.Module) -> list[EncryptedModule]:
 
 
 def _calibration_calls(
-    model: nn.Module, calibration: Iterable[Any] | None, example: Any, max_tokens: int | None,
+    model: nn.Module,
+    calibration: Iterable[Any] | None,
+    example: Any,
+    max_tokens: int | None,
     options: Options,
 ) -> tuple[list[Call], Call]:
     """Return calibration calls of one length, and the example call."""
@@ -175,7 +188,7 @@ def _calibration_calls(
     else:
         calls = [row for c in check_calibration(calibration) for row in _split_batch(_plain(c))]
         lengths = sorted(n for c in calls if (n := _length(c)) is not None)
-        length = max_tokens or (_length(shown) if shown else None)
+        length = max_tokens or (_length(shown) if shown else None) or 0
         length = length or (lengths[len(lengths) // 2] if lengths else 0)
     if shown is not None and _length(shown) not in {None, length} and max_tokens is not None:
         shown = _cut(shown, length)
@@ -314,8 +327,12 @@ def _record(
 
 
 def build_region(
-    whole: Program, path: str, recorded: Sequence[tuple[Mapping[str, Any], Any]],
-    heads: Sequence[int] | None, pipeline: Pipeline, options: Options,
+    whole: Program,
+    path: str,
+    recorded: Sequence[tuple[Mapping[str, Any], Any]],
+    heads: Sequence[int] | None,
+    pipeline: Pipeline,
+    options: Options,
 ) -> tuple[Region, Signature]:
     """Cut a submodule out of a captured model and lower it to integers.
 

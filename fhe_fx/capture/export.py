@@ -82,9 +82,8 @@ def decompose(exported: torch.export.ExportedProgram) -> fx.GraphModule:
         if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
             node.replace_all_uses_with(None)  # type: ignore[arg-type]
             module.graph.erase_node(node)
-        elif node.op == "call_function" and not node.users and node.op != "output":
-            if "_assert" in str(node.target) or "_guards" in str(node.target):
-                module.graph.erase_node(node)
+        elif node.op == "call_function" and not node.users and "_assert" in str(node.target):
+            module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     _locate(module)
     _fold_constants(module)
@@ -152,9 +151,7 @@ def _locate(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if stack:
-            node.meta["module_stack"] = tuple(
-                str(path).split("@")[0] for path, _ in stack.values()
-            )
+            node.meta["module_stack"] = tuple(str(path).split("@")[0] for path, _ in stack.values())
             node.meta["module_path"] = node.meta["module_stack"][-1]
         frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
         own = [f for f in frames if "/torch/" not in f[0]] or frames
@@ -181,8 +178,10 @@ class _Folder(fx.Interpreter):
 def _fold_constants(module: fx.GraphModule) -> None:
     known = _Folder(module).fold()
     needed = [
-        n for n in known
-        if n.op != "get_attr" and isinstance(known[n], Tensor)
+        n
+        for n in known
+        if n.op != "get_attr"
+        and isinstance(known[n], Tensor)
         and any(u not in known for u in n.users)
     ]
     for number, node in enumerate(needed):

@@ -51,7 +51,8 @@ def _resolve(model_name: str, known: list[str], target: str) -> list[str]:
         found = [p for p in known if pattern.fullmatch(p)]
     elif any(c in target for c in "*?["):
         found = [
-            p for p in known
+            p
+            for p in known
             if p.count(".") >= target.count(".")
             and fnmatch.fnmatchcase(".".join(p.split(".")[-target.count(".") - 1 :]), target)
         ]
@@ -66,7 +67,9 @@ def _resolve(model_name: str, known: list[str], target: str) -> list[str]:
                 f"{listed}. Give a longer suffix, or a glob ('*.{target}') to take all."
             )
     if not found:
-        suffixes = sorted({".".join(p.split(".")[i:]) for p in known for i in range(p.count(".") + 1)})
+        suffixes = sorted(
+            {".".join(p.split(".")[i:]) for p in known for i in range(p.count(".") + 1)}
+        )
         raise TargetError(
             f"{model_name} has no submodule {target!r}."
             f"{did_you_mean(target, known + [s for s in suffixes if s not in known])}"

@@ -53,13 +53,19 @@ class Builder:
     """Emits nodes before a given one; each carries the provenance of `origin`."""
 
     def __init__(
-        self, module: fx.GraphModule, before: fx.Node, origin: fx.Node | None = None, made_by: str = ""
+        self,
+        module: fx.GraphModule,
+        before: fx.Node,
+        origin: fx.Node | None = None,
+        made_by: str = "",
     ) -> None:
         self.module = module
         self.graph = module.graph
         self.before = before
         self.provenance = {
-            key: (origin or before).meta[key] for key in PROVENANCE if key in (origin or before).meta
+            key: (origin or before).meta[key]
+            for key in PROVENANCE
+            if key in (origin or before).meta
         }
         if made_by:
             self.provenance["made_by"] = made_by
@@ -97,7 +103,9 @@ class Builder:
         dtype = x.meta["val"].dtype
         tensor = torch.as_tensor(value, dtype=dtype)
         if torch.broadcast_shapes(tensor.shape, d.shape_of(x)) != torch.Size(d.shape_of(x)):
-            raise ValueError(f"a constant of shape {tuple(tensor.shape)} does not broadcast to {d.shape_of(x)}")
+            raise ValueError(
+                f"a constant of shape {tuple(tensor.shape)} does not broadcast to {d.shape_of(x)}"
+            )
         return self.constant(tensor)
 
     # Structural -----------------------------------------------------------------------------
@@ -146,7 +154,9 @@ class Builder:
         self, x: fx.Node, rows: Tensor, columns: Tensor, n_rows: int, n_columns: int
     ) -> fx.Node:
         """Scatter the last dimension into a matrix of zeros."""
-        return self.call(PUT_PAIRS, x, self.constant(rows), self.constant(columns), n_rows, n_columns)
+        return self.call(
+            PUT_PAIRS, x, self.constant(rows), self.constant(columns), n_rows, n_columns
+        )
 
     # Affine ---------------------------------------------------------------------------------
 

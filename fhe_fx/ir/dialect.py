@@ -69,9 +69,7 @@ INTEGER_OPS = (AFFINE | {LOOKUP}) - {TAKE_PAIRS, PUT_PAIRS}
 
 def is_call(node: object, *targets: object) -> bool:
     """Say whether `node` calls one of the operators `targets`."""
-    return (
-        isinstance(node, fx.Node) and node.op == "call_function" and node.target in set(targets)
-    )
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in set(targets)
 
 
 def is_map(node: object) -> bool:

@@ -86,8 +86,9 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 @_linear.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(torch.broadcast_shapes(x.shape[:-2], weight.shape[:-2])
-                       + (x.shape[-2], weight.shape[-1]))
+    return x.new_empty(
+        (*torch.broadcast_shapes(x.shape[:-2], weight.shape[:-2]), x.shape[-2], weight.shape[-1])
+    )
 
 
 @torch.library.custom_op("fhe_fx::take_pairs", mutates_args=())

@@ -20,7 +20,8 @@ def operator_name(node: fx.Node) -> str:
     """Return the short name of a node's operator; for a map, the chain of its functions."""
     if d.is_map(node) and node.target not in {"client_prefix", "encrypted", "client_suffix"}:
         steps = [
-            n.target._opname.strip("_") for n in d.map_of(node).graph.nodes
+            n.target._opname.strip("_")
+            for n in d.map_of(node).graph.nodes
             if n.op == "call_function" and hasattr(n.target, "_opname")
         ]
         shown = steps if len(steps) <= 4 else [*steps[:2], f"{len(steps) - 3} more", steps[-1]]
@@ -74,8 +75,11 @@ def format_node(node: fx.Node, names: dict[fx.Node, str] | None = None) -> list[
         low_high = node.meta.get("bounds")
         bounds = f"in [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else ""
     return [
-        statement, f"{kind}[{shape}]", bounds,
-        node.meta.get("module_path", ""), node.meta.get("source", ""),
+        statement,
+        f"{kind}[{shape}]",
+        bounds,
+        node.meta.get("module_path", ""),
+        node.meta.get("source", ""),
     ]
 
 

@@ -126,9 +126,7 @@ class Program:
 
     def values(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """Run on one sample and return the value of every encrypted node by name."""
-        return _Recorder(self.module).record(
-            [inputs[self.source_of(n)] for n in self.placeholders]
-        )
+        return _Recorder(self.module).record([inputs[self.source_of(n)] for n in self.placeholders])
 
     def __str__(self) -> str:
         from fhe_fx.ir.printer import format_program

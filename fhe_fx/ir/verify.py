@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import fx
@@ -56,13 +56,13 @@ def _shape_is_true(node: fx.Node) -> str | None:
 def _addends_agree(node: fx.Node) -> str | None:
     if not d.is_call(node, d.ADD, d.SUB, d.MUL):
         return None
-    shapes = [d.shape_of(n) for n in operands_or_self(node)]
+    shapes = [d.shape_of(n) for n in _both_operands(node)]
     if len(shapes) != 2 or shapes[0] != shapes[1]:
         return f"operands have shapes {shapes}; both must be encrypted and equal in shape"
     return None
 
 
-def operands_or_self(node: fx.Node) -> list[fx.Node]:
+def _both_operands(node: fx.Node) -> list[fx.Node]:
     """Return both operands of a binary node, twice the same if it is one tensor."""
     return [a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
 
@@ -86,12 +86,12 @@ def _has_type(node: fx.Node) -> str | None:
 def _tables_fit(node: fx.Node) -> str | None:
     if not d.is_call(node, LOOKUP):
         return None
-    tables, bits = d.constant(d.input_node(node, 1)), node.args[3]
-    if tables.shape[-1] != 1 << int(bits):  # type: ignore[call-overload]
-        return f"its tables have {tables.shape[-1]} entries, a look-up of {bits} bits reads {1 << int(bits)}"  # type: ignore[call-overload]
+    entries = d.constant(d.input_node(node, 1)).shape[-1]
+    bits, lsbs = (cast(int, a) for a in node.args[3:5])
+    if entries != 1 << bits:
+        return f"its tables have {entries} entries, a look-up of {bits} bits reads {1 << bits}"
     source = d.input_node(node).meta.get("type")
-    lsbs = int(node.args[4])  # type: ignore[call-overload]
-    if isinstance(source, ValueType) and source.bits != int(bits) + lsbs:  # type: ignore[call-overload]
+    if isinstance(source, ValueType) and source.bits != bits + lsbs:
         return f"it rounds {lsbs} of {source.bits} bits and reads {bits}"
     return None
 

@@ -92,9 +92,9 @@ def _looks_random(calls: Sequence[Call]) -> str:
         error = 4.0 * math.sqrt(24.0 / n)
         if n < 256 or deviation == 0:
             return ""
-        if abs(mean) < 4 / math.sqrt(n) and abs(deviation - 1) < 4 / math.sqrt(2 * n):
-            if abs(kurtosis - 3) < error:
-                return "standard normal values"
+        is_standard = abs(mean) < 4 / math.sqrt(n) and abs(deviation - 1) < 4 / math.sqrt(2 * n)
+        if is_standard and abs(kurtosis - 3) < error:
+            return "standard normal values"
         if abs(kurtosis - 1.8) < error / 2 and 0 <= float(values.min()) < float(values.max()) <= 1:
             return "values uniform on [0, 1]"
         return ""

@@ -75,7 +75,7 @@ def absorbed_scales(program: Program) -> dict[fx.Node, fx.Node]:
 
 
 def is_exact_scale(node: fx.Node) -> bool:
-    """Say whether a node multiplies by integers, which needs no rounding and no scale of its own."""
+    """Say whether a node multiplies by integers, which needs no rounding and no new scale."""
     if not d.is_call(node, SCALE):
         return False
     factor = d.constant(d.input_node(node, 1))

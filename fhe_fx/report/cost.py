@@ -18,7 +18,7 @@ from fhe_fx.report.machine import bootstrap_rate
 __all__ = ["NodeCost", "RegionCost", "Report", "report_on"]
 
 _UNIT = {1: 2.0e7, 2: 2.0e7, 3: 3.0e7, 4: 4.1e7, 5: 5.9e7, 6: 9.7e7, 7: 2.0e8, 8: 4.5e8}
-"""Complexity of one look-up by input bits at p_error 0.1 (docs/design.md): weights of the shares."""
+"""Complexity of a look-up by input bits at p_error 0.1 (docs/design.md): weights of the shares."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,13 @@ class Report:
             header = ("module path", "function", "look-ups", "bits", "of", "share", "source")
             rows = [
                 (
-                    n.module_path, n.function, f"{n.look_ups:,}", str(n.input_bits),
-                    str(n.accumulator_bits), f"{100 * n.share:.1f} %", n.source,
+                    n.module_path,
+                    n.function,
+                    f"{n.look_ups:,}",
+                    str(n.input_bits),
+                    str(n.accumulator_bits),
+                    f"{100 * n.share:.1f} %",
+                    n.source,
                 )
                 for n in region.nodes
             ]
@@ -128,8 +133,14 @@ def _region(program: Program, facts: CircuitFacts | None) -> RegionCost:
         source: ValueType = d.input_node(n).meta["type"]
         nodes.append(
             NodeCost(
-                n.name, str(n.meta.get("function", "look-up")), str(n.meta.get("module_path", "")),
-                str(n.meta.get("source", "")), counts[n], _bits(n), source.bits, costs[n] / total,
+                n.name,
+                str(n.meta.get("function", "look-up")),
+                str(n.meta.get("module_path", "")),
+                str(n.meta.get("source", "")),
+                counts[n],
+                _bits(n),
+                source.bits,
+                costs[n] / total,
             )
         )
     nodes.sort(key=lambda c: -c.share)
@@ -144,9 +155,17 @@ def _region(program: Program, facts: CircuitFacts | None) -> RegionCost:
         return base
     rate, _ = bootstrap_rate()
     return RegionCost(
-        base.name, facts.look_ups, base.max_lookup_bits, facts.p_error, base.nodes,
-        facts.complexity, facts.key_bytes, facts.input_bytes, facts.output_bytes,
-        facts.compile_seconds, facts.complexity / rate,
+        base.name,
+        facts.look_ups,
+        base.max_lookup_bits,
+        facts.p_error,
+        base.nodes,
+        facts.complexity,
+        facts.key_bytes,
+        facts.input_bytes,
+        facts.output_bytes,
+        facts.compile_seconds,
+        facts.complexity / rate,
     )
 
 

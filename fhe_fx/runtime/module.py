@@ -67,7 +67,8 @@ class EncryptedModule(nn.Module):
     def mode(self, value: str) -> None:
         if value not in MODES:
             raise OptionsError(
-                f"mode={value!r} is not one of {', '.join(MODES)}.{did_you_mean(value, list(MODES))}"
+                f"mode={value!r} is not one of {', '.join(MODES)}."
+                f"{did_you_mean(value, list(MODES))}"
             )
         self._mode = value
 
@@ -94,9 +95,7 @@ class EncryptedModule(nn.Module):
         ]
         axes = self._axes(rows)
         self._check_others(leaves, args, kwargs, padded, rows, axes)
-        runs = [
-            self._cut(self.region.run(sample, self._mode), rows, axes) for sample in padded
-        ]
+        runs = [self._cut(self.region.run(sample, self._mode), rows, axes) for sample in padded]
         results = [torch.cat([run[k] for run in runs]) for k in range(len(runs[0]))]
         return self._output([r.to(inputs[0].dtype) for r in results])
 
@@ -113,7 +112,9 @@ class EncryptedModule(nn.Module):
                 f"as a tensor. Call the module as it was called when it was compiled."
             )
         shape = self.region.input_shapes[self.signature.encrypted.index(name)]
-        wrong = [a for a in range(1, len(shape)) if x.dim() == len(shape) and x.shape[a] != shape[a]]
+        wrong = [
+            a for a in range(1, len(shape)) if x.dim() == len(shape) and x.shape[a] != shape[a]
+        ]
         if x.dim() != len(shape) or len(wrong) > 1 or (wrong and x.shape[wrong[0]] == 0):
             raise InputError(
                 f"{self.region.name}: {name} has shape {list(x.shape)}; the circuit takes "
@@ -169,13 +170,19 @@ class EncryptedModule(nn.Module):
     # Arguments that the circuit holds as constants ---------------------------------------------
 
     def _check_others(
-        self, leaves: dict[str, Any], args: Sequence[Any], kwargs: dict[str, Any],
-        padded: list[list[Tensor]], rows: tuple[int, int] | None, axes: dict[int, int],
+        self,
+        leaves: dict[str, Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        padded: list[list[Tensor]],
+        rows: tuple[int, int] | None,
+        axes: dict[int, int],
     ) -> None:
         """Refuse a call whose other arguments would give another result."""
         known = self.signature.others
         changed = [
-            name for name in {**known, **leaves}
+            name
+            for name in {**known, **leaves}
             if name not in self.signature.encrypted
             and not _is_same(known.get(name), leaves.get(name))
         ]

@@ -1,4 +1,4 @@
-"""One compiled part of a model: client prefix, circuit, client suffix, and the circuit's backends."""
+"""One compiled part of a model: client prefix, circuit, client suffix."""
 
 from __future__ import annotations
 
