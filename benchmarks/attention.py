@@ -1,0 +1,113 @@
+"""Compiles attention of GPT-2's size with random weights, and prints what it costs.
+
+    python benchmarks/attention.py             # one head at 6 tokens, all heads at 6 and 8
+    python benchmarks/attention.py --execute   # besides, one head is run once with keys
+
+Look-ups and complexity are exact and do not depend on the machine; seconds and memory do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import fhe_fx
+from fhe_fx.api import encrypted_modules
+from fhe_fx.quant.calibration import sample_from_model
+from fhe_fx.report.machine import machine_name
+
+PUBLISHED = {
+    # Zama's use case, 4 bits: look-ups and complexity of the same part, compiled with
+    # concrete-python 2.11 (docs/design.md, "Beside the published use case").
+    ("one head", 6): (11_772, 3.6e12),
+    ("12 heads", 8): (269_568, 9.2e13),
+}
+
+
+def main() -> None:
+    """Print one JSON object a line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--execute", action="store_true", help="run one head with keys")
+    parser.add_argument("--n-bits", type=int, default=4)
+    choices = parser.parse_args()
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    print(json.dumps({"machine": machine_name(), "n_bits": choices.n_bits}))
+    for label, heads, tokens in (
+        ("one head", [0], 6),
+        ("12 heads", None, 6),
+        ("12 heads", None, 8),
+    ):
+        start = time.perf_counter()
+        encrypted = fhe_fx.encrypt_submodule(
+            model, "h.0.attn", n_bits=choices.n_bits, heads=heads, max_tokens=tokens
+        )
+        lowered = time.perf_counter() - start
+        cost = fhe_fx.compile(encrypted, verbose=False).regions[0]
+        row = {
+            "part": label, "tokens": tokens, "look_ups": cost.look_ups,
+            "complexity": cost.complexity, "max_lookup_bits": cost.max_lookup_bits,
+            "p_error": cost.p_error, "key_bytes": cost.key_bytes,
+            "lower_seconds": round(lowered, 1),
+            "compile_seconds": round(cost.compile_seconds or 0, 1),
+            "peak_gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        }  # fmt: skip
+        if (label, tokens) in PUBLISHED and cost.complexity:
+            look_ups, complexity = PUBLISHED[label, tokens]
+            row["published_look_ups"], row["published_complexity"] = look_ups, complexity
+            row["complexity_ratio"] = round(complexity / cost.complexity, 1)
+        print(json.dumps(row), flush=True)
+        if choices.execute and heads:
+            print(json.dumps(execute(encrypted, tokens)), flush=True)
+
+
+def execute(encrypted: torch.nn.Module, tokens: int) -> dict[str, float]:
+    """Run a region once with keys on an ordinary input, and once on an unusually large one.
+
+    The second is the most extreme of five times as many inputs as were used for calibration, none
+    of them among those, by the largest deviation from the calibrated mean in standard deviations.
+    """
+    module = encrypted_modules(encrypted)[0]
+    region = module.region
+    calibrated = torch.stack([s[0] for s in region.captured.samples])
+    fresh = fresh_inputs(encrypted, 5 * len(calibrated), tokens)
+    spread = ((fresh - calibrated.mean(0)) / calibrated.std(0)).abs().flatten(1).amax(1)
+    row: dict[str, float] = {}
+    for name, x in (
+        ("ordinary", fresh[int(spread.argmin())]),
+        ("rare", fresh[int(spread.argmax())]),
+    ):
+        expected = region.captured(x)[0]
+        size = expected.norm()
+        for mode in ("clear", "simulate", "execute"):
+            start = time.perf_counter()
+            value = region.run_circuit([x], mode)[0]
+            row[f"{name}_{mode}_error"] = round(float((value - expected).norm() / size), 3)
+        row[f"{name}_execute_seconds"] = round(time.perf_counter() - start, 1)
+        errors = (value - expected).flatten(0, -2).norm(dim=-1)
+        sizes = expected.flatten(0, -2).norm(dim=-1)
+        row[f"{name}_worst_row_error"] = round(float((errors / sizes).max()), 3)
+    return row
+
+
+def fresh_inputs(encrypted: torch.nn.Module, n: int, tokens: int) -> torch.Tensor:
+    """Return what enters the region on sentences that the model writes with another seed."""
+    calls = sample_from_model(encrypted, tokens, fhe_fx.Options(n_samples=n, seed=1))
+    found: list[torch.Tensor] = []
+    hook = encrypted_modules(encrypted)[0].register_forward_pre_hook(
+        lambda _, args: found.append(args[0].detach())
+    )
+    with torch.no_grad():
+        for call in calls:
+            encrypted(*call.args, **call.kwargs)
+    hook.remove()
+    return torch.stack(found[-n:])
+
+
+if __name__ == "__main__":
+    main()
