@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fhe_fx.capture import capture, resolve_targets
-from fhe_fx.errors import CalibrationError, CaptureError, FheFxError, InputError, TargetError
+from fhe_fx.errors import CalibrationError, CaptureError, FheFxError, TargetError
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import ENTER, LEAVE
 from fhe_fx.ir.program import Program
@@ -39,13 +40,22 @@ __all__ = [
 
 M = TypeVar("M", bound=nn.Module)
 DEFAULT_TOKENS = 8
+MAX_SAMPLES = 128
+"""Calibration inputs that are run; more are thinned out evenly."""
+
+
+class _Default(int):
+    """A number that the caller did not write, so that options may hold another."""
+
+
+_DEFAULT_BITS = _Default(Options.n_bits)
 
 
 def encrypt_submodule(
     model: M,
     target: str | Sequence[str],
     *,
-    n_bits: int = 4,
+    n_bits: int = _DEFAULT_BITS,
     max_tokens: int | None = None,
     heads: Sequence[int] | None = None,
     calibration: Iterable[Any] | None = None,
@@ -61,7 +71,7 @@ def encrypt_submodule(
     Args:
         model: any module that `torch.export` captures. It is left as it is.
         target: dotted path of a submodule, a unique suffix, a glob, `"re:..."`, or a list of these.
-        n_bits: precision of a quantized activation.
+        n_bits: precision of a quantized activation, 4 unless the options say otherwise.
         max_tokens: rows that the circuit takes; shorter prompts are padded where the region is
             causal. By default the usual length of the calibration inputs, or 8.
         heads: encrypt these heads of an attention only, with their q, k and v projections.
@@ -87,15 +97,17 @@ def encrypt_submodule(
         BitWidthError: if an accumulator cannot be held.
     """
     given = {
-        "n_bits": n_bits,
+        "n_bits": None if isinstance(n_bits, _Default) else n_bits,
         "input_bits": input_bits,
         "weight_bits": weight_bits,
         "p_error": p_error,
     }
-    if options is not None and n_bits == Options.n_bits:
-        given["n_bits"] = None  # not given: what the options say holds
     known = {k: v for k, v in given.items() if v is not None}
     options = dataclasses.replace(options or Options(), **known)  # type: ignore[arg-type]
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
+    if heads is not None and not _is_numbers(heads):
+        raise TargetError(f"heads={heads!r} is not a list of head numbers. Try heads=[0].")
     paths = resolve_targets(model, target)
     _refuse_encrypted(model, paths)
     _check_weights(model, paths)
@@ -103,15 +115,16 @@ def encrypt_submodule(
     pipeline.check()
     copied = copy.deepcopy(model).eval()
     _without_cache(copied)
-    calls, first = _calibration_calls(copied, calibration, example, max_tokens, options)
-    whole = capture(copied, first.args, first.kwargs, paths)
-    recorded = _record(copied, paths, [first, *calls])
+    with _in_float(copied):
+        calls, first = _calibration_calls(copied, calibration, example, max_tokens, options)
+        whole = capture(copied, first.args, first.kwargs, paths)
+        recorded = _record(copied, paths, [first, *calls])
     stand_ins = {}
     for path in paths:
         region, signature = build_region(whole, path, recorded[path], heads, pipeline, options)
-        stand_ins[path] = EncryptedModule(copied.get_submodule(path), region, signature)
-    for path, module in stand_ins.items():
-        copied.set_submodule(path, module)
+        original = copied.get_submodule(path)
+        stand_ins[original] = EncryptedModule(original, region, signature)
+    _put(copied, stand_ins)
     return copied
 
 
@@ -179,20 +192,26 @@ def _calibration_calls(
     options: Options,
 ) -> tuple[list[Call], Call]:
     """Return calibration calls of one length, and the example call."""
-    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+    is_number = isinstance(max_tokens, int) and not isinstance(max_tokens, bool)
+    if max_tokens is not None and not (is_number and max_tokens > 0):
         raise CalibrationError(f"max_tokens={max_tokens!r} is not a positive integer.")
-    shown = None if example is None else _plain(as_call(example))
+    shown = None if example is None else _split_batch(_plain(model, as_call(example)))[0]
+    length = max_tokens or _length(shown) or 0
     if calibration is None:
-        length = max_tokens or (_length(shown) if shown else None) or DEFAULT_TOKENS
-        calls = [_plain(c) for c in sample_from_model(model, length, options)]
+        length = length or DEFAULT_TOKENS
+        calls = sample_from_model(model, length, options)
     else:
-        calls = [row for c in check_calibration(calibration) for row in _split_batch(_plain(c))]
+        given = check_calibration(calibration)
+        calls = [row for c in given for row in _split_batch(_plain(model, c))]
         lengths = sorted(n for c in calls if (n := _length(c)) is not None)
-        length = max_tokens or (_length(shown) if shown else None) or 0
         length = length or (lengths[len(lengths) // 2] if lengths else 0)
-    if shown is not None and _length(shown) not in {None, length} and max_tokens is not None:
-        shown = _cut(shown, length)
-    fitting = [cut for c in calls if (cut := _cut(c, length)) is not None]
+    if shown is not None and (cut := _cut(shown, length)) is None:
+        raise CalibrationError(
+            f"The example has {_length(shown)} tokens, fewer than max_tokens={max_tokens}. "
+            f"Give a longer one, or leave one of the two out."
+        )
+    shown = shown and cut
+    fitting = _windows(calls, length)
     if shown is None:
         if not fitting:
             raise CalibrationError(
@@ -200,7 +219,6 @@ def _calibration_calls(
                 f"Give longer ones, or a smaller max_tokens."
             )
         shown = fitting[0]
-    shown = _split_batch(shown)[0]
     shapes = [tuple(t.shape) for t in shown.tensors()]
     fitting = [c for c in fitting if [tuple(t.shape) for t in c.tensors()] == shapes]
     if len(fitting) < 2:
@@ -213,15 +231,17 @@ def _calibration_calls(
     return with_flag, Call(shown.args, {**shown.kwargs, **extra})
 
 
-def _plain(call: Call) -> Call:
-    """Drop an attention mask of ones; refuse one that hides something."""
+def _plain(model: nn.Module, call: Call) -> Call:
+    """Drop an attention mask of ones that the model can do without; refuse one with zeros."""
     mask = call.kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and not bool((mask != 0).all()):
         raise CalibrationError(
             "A calibration input has an attention_mask with zeros. Give unpadded inputs, one each."
         )
-    kwargs = {k: v for k, v in call.kwargs.items() if k not in {"attention_mask", "use_cache"}}
-    return Call(call.args, kwargs)
+    parameter = inspect.signature(model.forward).parameters.get("attention_mask")
+    needed = parameter is not None and parameter.default is inspect.Parameter.empty
+    dropped = {"use_cache"} if needed else {"attention_mask", "use_cache"}
+    return Call(call.args, {k: v for k, v in call.kwargs.items() if k not in dropped})
 
 
 def _length(call: Call | None) -> int | None:
@@ -232,20 +252,35 @@ def _length(call: Call | None) -> int | None:
     return None
 
 
-def _cut(call: Call, length: int) -> Call | None:
-    """Keep the first `length` tokens; None if there are fewer."""
+def _cut(call: Call, length: int, start: int = 0) -> Call | None:
+    """Keep `length` tokens from `start` on; None if there are fewer."""
     tokens = _length(call)
-    if tokens is None or tokens == length:
+    if tokens is None:
         return call
-    if tokens < length:
+    if tokens < start + length:
         return None
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == tokens:
-            return value[:, :length]
+            return value[:, start : start + length]
         return value
 
     return Call(tuple(cut(v) for v in call.args), {k: cut(v) for k, v in call.kwargs.items()})
+
+
+def _windows(calls: Sequence[Call], length: int) -> list[Call]:
+    """Cut every call into overlapping windows of `length` tokens, and keep `MAX_SAMPLES` at most.
+
+    The first row of a circuit sees the first tokens of sentences only if sentences are only cut at
+    their beginning: a handful of words, on which ranges mean little.
+    """
+    found: list[Call] = []
+    for call in calls:
+        last = (_length(call) or length) - length
+        starts = range(0, max(last, 0) + 1, max(1, length // 2))
+        found += [cut for start in starts if (cut := _cut(call, length, start)) is not None]
+    kept = torch.linspace(0, len(found) - 1, min(len(found), MAX_SAMPLES)).round().long()
+    return [found[i] for i in kept.tolist()]
 
 
 def _split_batch(call: Call) -> list[Call]:
@@ -277,9 +312,42 @@ def _without_cache(model: nn.Module) -> None:
 
 
 def _refuse_encrypted(model: nn.Module, paths: Sequence[str]) -> None:
+    known = {name: m for name, m in model.named_modules() if isinstance(m, EncryptedModule)}
     for path in paths:
-        if any(isinstance(m, EncryptedModule) for m in model.get_submodule(path).modules()):
-            raise TargetError(f"{path} is encrypted already. Start from the float model.")
+        for name in known:
+            if f"{path}.".startswith(f"{name}.") or name.startswith(f"{path}."):
+                raise TargetError(
+                    f"{path} cannot be encrypted: {name} is already. Start from the float model."
+                )
+
+
+def _is_numbers(heads: object) -> bool:
+    return isinstance(heads, Sequence) and all(
+        isinstance(h, int) and not isinstance(h, bool) for h in heads
+    )
+
+
+@contextlib.contextmanager
+def _in_float(model: nn.Module) -> Iterator[None]:
+    """Let the parts that are encrypted already compute in float."""
+    modes = {m: m.mode for m in model.modules() if isinstance(m, EncryptedModule)}
+    for module in modes:
+        module.mode = "disable"
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.mode = mode
+
+
+def _put(model: nn.Module, stand_ins: Mapping[nn.Module, EncryptedModule]) -> None:
+    """Put each stand-in wherever the model holds its original, which may be in several places."""
+    for parent in list(model.modules()):
+        if parent in stand_ins.values():
+            continue
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in stand_ins:
+                parent._modules[name] = stand_ins[child]
 
 
 def _check_weights(model: nn.Module, paths: Sequence[str]) -> None:
@@ -317,12 +385,22 @@ def _record(
     except FheFxError:
         raise
     except Exception as error:
-        raise InputError(
-            f"The model does not run on a calibration input: {type(error).__name__}: {error}"
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise CalibrationError(
+            f"{type(model).__name__} does not run on one of its calibration inputs: "
+            f"{type(error).__name__}: {reason}. Give inputs that the model takes."
         ) from error
     finally:
         for handle in handles:
             handle.remove()
+    for path in (p for p in paths if not found[p]):
+        module = model.get_submodule(path)
+        inside = [f"{path}.{name}" for name, _ in module.named_children()]
+        raise CaptureError(
+            f"{path}, a {type(module).__name__}, is not called when the model runs on its example, "
+            f"so it has no arguments and results of its own. Choose a submodule that is called"
+            + (f", such as {inside[0]!r}." if inside else ".")
+        )
     return found
 
 
@@ -348,13 +426,13 @@ def build_region(
     Pipeline((Annotate(path), Partition())).run(target)
     target.module = target.module.get_submodule(ENCRYPTED)  # type: ignore[assignment]
     target.properties = {"captured"}
-    leaves, output = recorded[0]
+    leaves, _ = recorded[0]
     names = _encrypted_names(target, path, list(leaves))
     signature = Signature(
         encrypted=tuple(names),
         others={k: _detached(v) for k, v in leaves.items() if k not in names},
         results=_result_leaves(target, path),
-        output=pytree.tree_map(_detached, output),
+        output=_constant_or_none([out for _, out in recorded], _result_leaves(target, path)),
     )
     target.samples = [
         tuple(call[name].detach().float() for name in names) for call, _ in recorded[1:]
@@ -388,12 +466,32 @@ def _detached(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
+def _constant_or_none(outputs: Sequence[Any], results: Sequence[int]) -> Any:
+    """Return the output's structure: results and constants as recorded, other tensors as None.
+
+    A tensor that is neither is one that nothing outside reads; the circuit does not compute it.
+    """
+    first, spec = pytree.tree_flatten(outputs[0])
+    others = [pytree.tree_leaves(output) for output in outputs[1:]]
+
+    def is_kept(number: int, leaf: Any) -> bool:
+        return number in results or all(
+            isinstance(o[number], Tensor) and torch.equal(o[number], leaf) for o in others
+        )
+
+    leaves = [
+        _detached(leaf) if not isinstance(leaf, Tensor) or is_kept(number, leaf) else None
+        for number, leaf in enumerate(first)
+    ]
+    return pytree.tree_unflatten(leaves, spec)
+
+
 def _encrypted_names(target: Program, path: str, names: list[str]) -> list[str]:
     """Return the argument that each placeholder of the region is."""
     found: dict[str, str] = {}
     for node in target.calls(ENTER):
         if node.args[1] == path and d.input_node(node).op == "placeholder":
-            found[d.input_node(node).name] = names[int(node.args[2])]  # type: ignore[call-overload]
+            found[d.input_node(node).name] = names[cast(int, node.args[2])]
     missing = [n for n in target.placeholders if n.name not in found]
     if missing:
         listed = "\n".join(
@@ -416,28 +514,26 @@ def _result_leaves(target: Program, path: str) -> tuple[int, ...]:
                 f"{path}: {node.name} ({node.meta.get('source', '')}) is used outside but is not "
                 f"among the module's results. Encrypt the submodule that returns it."
             )
-        leaves.append(int(node.args[2]))  # type: ignore[call-overload]
+        leaves.append(cast(int, node.args[2]))
     return tuple(leaves)
 
 
 class _RegionInputs(torch.fx.Interpreter):
-    """Runs the client's prefix and keeps what enters the encrypted region."""
+    """Runs the client's prefix and returns what enters the encrypted region."""
 
-    inputs: tuple[Tensor, ...] = ()
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target == ENCRYPTED:
-            self.inputs = tuple(args)
-        return super().call_module(target, args, kwargs)
+    def of(self, sample: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        placeholders = (n for n in self.graph.nodes if n.op == "placeholder")
+        self.env = dict(zip(placeholders, sample, strict=True))
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                if node.target == ENCRYPTED:
+                    return tuple(self.env[n] for n in node.args)
+                self.env[node] = self.run_node(node)
+        raise AssertionError("partition made no encrypted part")
 
 
 def _inputs_of_region(
     composed: Program, samples: Sequence[tuple[Tensor, ...]]
 ) -> list[tuple[Tensor, ...]]:
-    found = []
     with torch.no_grad():
-        for sample in samples:
-            runner = _RegionInputs(composed.module)
-            runner.run(*sample)
-            found.append(runner.inputs)
-    return found
+        return [_RegionInputs(composed.module).of(sample) for sample in samples]

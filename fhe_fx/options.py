@@ -50,15 +50,18 @@ class Options:
         _between("weight_bits", self.weight_bits, 2, 16)
         _between("result_bits", self.result_bits, 2, 24)
         _between("n_samples", self.n_samples, 2, 1_000_000)
+        _between("seed", self.seed, 0, 2**63 - 1)
+        _between("refresh_from", self.refresh_from, 1, 2**31)
         if self.lookup_bits > MAX_LOOKUP_BITS:
             raise OptionsError(
                 f"n_bits={self.n_bits} makes look-ups of {self.lookup_bits} bits "
                 f"(n_bits + {self.lookup_extra_bits}); at most {MAX_LOOKUP_BITS} can be compiled. "
                 f"Try n_bits={MAX_LOOKUP_BITS - self.lookup_extra_bits} or less."
             )
-        if not 0.0 < self.p_error < 1.0:
+        is_number = isinstance(self.p_error, (int, float)) and not isinstance(self.p_error, bool)
+        if not (is_number and 0.0 < self.p_error < 1.0):
             raise OptionsError(
-                f"p_error={self.p_error} is not a probability between 0 and 1. Try p_error=0.1."
+                f"p_error={self.p_error!r} is not a probability between 0 and 1. Try p_error=0.1."
             )
 
     @property

@@ -53,7 +53,9 @@ def capture(
             )
         except Exception as error:
             raise CaptureError(_explain(model, error)) from error
-    return program_of(exported, name=type(model).__name__)
+    program = program_of(exported, name=type(model).__name__)
+    _use_first_names(program, model)
+    return program
 
 
 def program_of(exported: torch.export.ExportedProgram, name: str) -> Program:
@@ -70,7 +72,7 @@ def decompose(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     """
     table = torch.export.default_decompositions()
     for op in _KEPT_WHOLE:
-        table.pop(op, None)
+        table.pop(op, None)  # type: ignore[no-untyped-call]
     lowered = _quietly(lambda: exported.run_decompositions(table))
     unlifted = _quietly(lambda: lowered.module(check_guards=False))
     unlifted.graph.set_codegen(fx.graph.CodeGen())
@@ -80,7 +82,7 @@ def decompose(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     output.args = (tuple(leaves),)
     for node in list(module.graph.nodes):
         if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
-            node.replace_all_uses_with(None)  # type: ignore[arg-type]
+            node.replace_all_uses_with(None)
             module.graph.erase_node(node)
         elif node.op == "call_function" and not node.users and "_assert" in str(node.target):
             module.graph.erase_node(node)
@@ -159,12 +161,22 @@ def _locate(module: fx.GraphModule) -> None:
             node.meta["source"] = f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}"
 
 
+def _use_first_names(program: Program, model: nn.Module) -> None:
+    """Let a module that stands in several places be known by the first of its paths."""
+    first = {module: name for name, module in model.named_modules()}
+    names = {name: first[m] for name, m in model.named_modules(remove_duplicate=False)}
+    for node in program.graph.nodes:
+        if "module_stack" in node.meta:
+            stack = tuple(names.get(path, path) for path in node.meta["module_stack"])
+            node.meta.update(module_stack=stack, module_path=stack[-1])
+
+
 class _Folder(fx.Interpreter):
     """Evaluates the nodes of a graph that do not depend on its placeholders."""
 
-    def fold(self) -> dict[fx.Node, Any]:
+    def fold(self, graph: fx.Graph) -> dict[fx.Node, Any]:
         known: dict[fx.Node, Any] = {}
-        for node in self.module.graph.nodes:
+        for node in graph.nodes:
             if node.op == "get_attr":
                 known[node] = self.fetch_attr(str(node.target))
             elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
@@ -176,7 +188,7 @@ class _Folder(fx.Interpreter):
 
 
 def _fold_constants(module: fx.GraphModule) -> None:
-    known = _Folder(module).fold()
+    known = _Folder(module).fold(module.graph)
     needed = [
         n
         for n in known

@@ -25,13 +25,21 @@ def resolve_targets(model: nn.Module, target: str | Sequence[str]) -> list[str]:
         TargetError: if nothing matches (near paths are named), if a suffix is ambiguous (all are
             named), or if one target lies inside another.
     """
-    known = [name for name, _ in model.named_modules() if name]
-    wanted = [target] if isinstance(target, str) else list(target)
+    first = {module: name for name, module in model.named_modules()}
+    names = {name: first[m] for name, m in model.named_modules(remove_duplicate=False) if name}
+    known = list(names)
+    wanted = [target] if isinstance(target, str) else target
+    if not isinstance(wanted, Sequence) or not all(isinstance(one, str) for one in wanted):
+        raise TargetError(
+            f"target={target!r} is not a path of a submodule. "
+            f"Give a string such as 'h.0.attn', or a list of strings."
+        )
     if not wanted:
         raise TargetError("The list of targets is empty. Name at least one submodule.")
     found: list[str] = []
     for one in wanted:
-        found.extend(p for p in _resolve(type(model).__name__, known, one) if p not in found)
+        resolved = [names[p] for p in _resolve(type(model).__name__, known, one)]
+        found.extend(p for p in dict.fromkeys(resolved) if p not in found)
     found.sort(key=known.index)
     for outer in found:
         if inner := [p for p in found if p.startswith(outer + ".")]:

@@ -1,1 +1,16 @@
-"""Circuits written to disk, and read back: the client's part, the server's, and a manifest."""
+"""Artefacts: an encrypted region as a directory that runs without the model."""
+
+from fhe_fx.export.artifact import FILES, Artifact, load_artifact
+from fhe_fx.export.directory import check_destination
+from fhe_fx.export.manifest import MANIFEST, read_manifest
+from fhe_fx.export.region import export_region
+
+__all__ = [
+    "FILES",
+    "MANIFEST",
+    "Artifact",
+    "check_destination",
+    "export_region",
+    "load_artifact",
+    "read_manifest",
+]

@@ -8,7 +8,6 @@ clear weights keep `weight_bits`. Linear precision is free behind an approximate
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +20,14 @@ from fhe_fx.ir.ops import LINEAR, SCALE
 from fhe_fx.ir.printer import format_program
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
-from fhe_fx.quant.classes import Classes, absorbed_scales, encodings, find_classes, is_exact_scale
+from fhe_fx.quant.classes import (
+    Classes,
+    absorbed_scales,
+    encodings,
+    find_classes,
+    is_exact_scale,
+)
+from fhe_fx.quant.ranges import class_ends
 
 __all__ = ["AssignScales"]
 
@@ -46,6 +52,12 @@ class AssignScales(Pass):
     margin: float = 0.02
     """Room beyond the calibrated range, as a part of it. Beyond that room tables continue
     anti-periodically, so more would cost precision and buy nothing."""
+
+    input_margin: float = 0.25
+    """The same for an input, which the client clips: linear precision is free."""
+    refresh_margin: float = 0.25
+    """The same where the function is the identity. Its table reflects beyond its ends instead of
+    going on as a square does, so rare values need the room itself."""
 
     def run(self, program: Program) -> bool:
         """Find ranges, then widths, then scales.
@@ -101,7 +113,8 @@ class _State:
 
     def _read(self, node: fx.Node, room: float) -> Tensor:
         """Raise the range of the classes of `node` to what was observed there."""
-        low, high = self.classes.extremes(node, self.program.observed[node.name])
+        classes = self.classes
+        low, high = class_ends(self.program, node, classes.of.__getitem__, classes.n_classes)
         present = high >= low
         self.range[present] = torch.maximum(self.range, (high - low) * room)[present]
         return present
@@ -110,7 +123,9 @@ class _State:
         """Read ranges where values are looked up, returned, or multiplied by weights."""
         options = self.program.options
         for node in self.program.maps():
-            present = self._read(d.input_node(node), 1 + self.settings.margin)
+            is_refresh = not any(n.op == "call_function" for n in d.map_of(node).graph.nodes)
+            margin = self.settings.refresh_margin if is_refresh else self.settings.margin
+            present = self._read(d.input_node(node), 1 + margin)
             bits = int(node.meta["lookup_bits"]) + self.settings.guard_bits
             self.width[present] = self.width[present].clamp_min(bits)
             self.is_looked_up |= present
@@ -125,13 +140,20 @@ class _State:
             index = torch.unique(self.classes.of[source])
             index = index[~(self.is_looked_up | self.is_result)[index]]
             before = self.range.clone()
-            present = self._read(source, 1 + self.settings.margin)
+            settings = self.settings
+            margin = settings.input_margin if _is_input(source) else settings.margin
+            present = self._read(source, 1 + margin)
             keep = torch.ones_like(present)
             keep[index] = False
             self.range[keep] = before[keep]
             self.width[index] = self.width[index].clamp_min(options.input_bits)
             self.is_weighted |= present
-        self.range[self.range <= 0] = 1e-6
+        # What never varies is carried by the offset: any scale will do, but a tiny one would make
+        # the weights that read it, and so the accumulators, needlessly wide.
+        varies = self.range > 0
+        usual = float(self.range[varies].median()) if bool(varies.any()) else 1.0
+        self.range[~varies] = usual
+        self.range.clamp_min_(1e-4 * usual)
         self.width[self.width == 0] = options.input_bits
 
     def scales(self) -> Tensor:
@@ -153,8 +175,7 @@ class _State:
             need = (self.range[out] * least / unit.clamp_min(1e-300)).log2().ceil()
             usual = float(need[unit > 0].double().quantile(0.75)) if bool((unit > 0).any()) else 0.0
             bits = need.clamp(max=usual).long().reshape(-1)
-            free = ~(self.is_result & ~self.is_looked_up)[out.reshape(-1)]
-            self.width.scatter_reduce_(0, out.reshape(-1)[free], bits[free], "amax")
+            self.width.scatter_reduce_(0, out.reshape(-1), bits, "amax")
 
     def encoding_widths(self) -> dict[int, int]:
         """Return the width of each encoding: the widest of its classes."""
@@ -171,3 +192,10 @@ class _State:
             index = torch.unique(self.classes.of[node])
             index = index[(self.is_looked_up | self.is_result)[index] & ~self.is_weighted[index]]
             self.width[index] = self.width[index].clamp_min(widths[number])
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Say whether a node is an input, moved."""
+    while d.is_call(node, *d.STRUCTURAL) and not d.is_call(node, d.CAT):
+        node = d.input_node(node)
+    return node.op == "placeholder"

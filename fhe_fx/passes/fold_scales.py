@@ -40,16 +40,17 @@ class FoldScales(Pass):
 
     def run(self, program: Program) -> bool:
         """Raise every factor as far as it goes, sink those left, raise what sinking added."""
-        changed = self._raise_all(program, program.calls(SCALE))
+        before = str(program)
+        self._raise_all(program, program.calls(SCALE))
         added: list[fx.Node] = []
         for node in program.calls(SCALE):
-            changed |= self._sink_fully(program, node, added)
-        changed |= self._raise_all(program, program.calls(SCALE) if added else [])
-        changed |= self._into_rows(program)
-        return changed
+            self._sink_fully(program, node, added)
+        self._raise_all(program, program.calls(SCALE) if added else [])
+        self._into_rows(program)
+        program.clean()
+        return str(program) != before  # a factor may sink and be raised to where it was
 
-    def _raise_all(self, program: Program, waiting: list[fx.Node]) -> bool:
-        changed = False
+    def _raise_all(self, program: Program, waiting: list[fx.Node]) -> None:
         while waiting:
             node = waiting.pop()
             before = set(program.calls(SCALE))
@@ -61,21 +62,16 @@ class FoldScales(Pass):
             program.replace(node, new)
             program.clean()
             waiting += [n for n in program.calls(SCALE) if n not in before]
-            changed = True
-        return changed
 
-    def _sink_fully(self, program: Program, node: fx.Node, added: list[fx.Node]) -> bool:
+    def _sink_fully(self, program: Program, node: fx.Node, added: list[fx.Node]) -> None:
         """Sink one factor, and what it becomes, as far as it goes."""
-        changed, waiting = False, [node]
+        waiting = [node]
         while waiting:
             current = waiting.pop()
             if current not in program.graph.nodes:
                 continue
-            for new in self._sink(program, current, added):
-                waiting.append(new)
-                changed = True
+            waiting += self._sink(program, current, added)
             program.clean()
-        return changed
 
     def _sink(self, program: Program, node: fx.Node, added: list[fx.Node]) -> list[fx.Node]:
         """Move a factor behind each operator that reads it, where that is free."""
@@ -94,7 +90,12 @@ class FoldScales(Pass):
         return moved
 
     def _behind(
-        self, b: Builder, user: fx.Node, node: fx.Node, x: fx.Node, factor: Tensor,
+        self,
+        b: Builder,
+        user: fx.Node,
+        node: fx.Node,
+        x: fx.Node,
+        factor: Tensor,
         added: list[fx.Node],
     ) -> fx.Node | None:
         full = factor.expand(d.shape_of(x))
@@ -122,7 +123,8 @@ class FoldScales(Pass):
         parts, dim = cast("list[fx.Node]", user.args[0]), cast(int, user.args[1])
         bare = [p for p in parts if not d.is_call(p, SCALE)]
         if bare and not (
-            (factor.numel() == 1 or factor.shape[dim] == 1) and all(self._takes(p) for p in bare)
+            (factor.numel() == 1 or factor.shape[dim] == 1)
+            and all(self._takes(p, may_merge=False) for p in bare)
         ):
             return None
         factors, sources = [], []
@@ -137,7 +139,12 @@ class FoldScales(Pass):
         return b.scale(b.cat(sources, dim), _shrink(torch.cat(factors, dim)))
 
     def _behind_sum(
-        self, b: Builder, user: fx.Node, node: fx.Node, x: fx.Node, factor: Tensor,
+        self,
+        b: Builder,
+        user: fx.Node,
+        node: fx.Node,
+        x: fx.Node,
+        factor: Tensor,
         added: list[fx.Node],
     ) -> fx.Node | None:
         left, right = (cast(fx.Node, a) for a in user.args)
@@ -148,7 +155,7 @@ class FoldScales(Pass):
             d.constant(d.input_node(other, 1)).expand(d.shape_of(x)), factor.expand(d.shape_of(x))
         ):
             rest = d.input_node(other)  # both sides carry it
-        elif _is_whole(1 / factor) or self._takes(other):
+        elif _is_whole(1 / factor) or self._takes(other, may_merge=False):
             whole = (1 / factor).round() if _is_whole(1 / factor) else 1 / factor
             rest = b.scale(other, whole)
             added.append(rest)
@@ -164,7 +171,8 @@ class FoldScales(Pass):
             return b.scale(d.input_node(x), factor * d.constant(d.input_node(x, 1)))
         if bool(((factor - 1).abs() < 1e-6).all()):
             return x
-        if not self._takes(x):
+        is_result = all(u.op == "output" for u in node.users)
+        if not self._takes(x, factor if is_result else None):
             return None
         if d.is_call(x, *_MOVES):
             source = d.input_node(x)
@@ -189,35 +197,46 @@ class FoldScales(Pass):
             return None
         if d.is_call(x, d.SUM):
             dims, keep = cast("list[int]", x.args[1]), cast(bool, x.args[2])
-            source = d.input_node(x)
-            if factor.numel() > 1:
-                factor = factor.expand(d.shape_of(x))
-                for dim in [] if keep else dims:
-                    factor = factor.unsqueeze(dim)
-                factor = _shrink(factor)
-            return b.sum(b.scale(source, factor), dims, keep)
+            return b.sum(b.scale(d.input_node(x), _before_sum(x, factor)), dims, keep)
         if d.is_call(x, d.ADD, d.SUB):
             left, right = (b.scale(cast(fx.Node, a), factor) for a in x.args)
             return b.call(x.target, left, right)
         return None
 
-    def _takes(self, node: fx.Node) -> bool:
-        """Say whether a factor put on `node` goes up from there until it is absorbed."""
+    def _takes(self, node: fx.Node, factor: Tensor | None = None, may_merge: bool = True) -> bool:
+        """Say whether a factor put on `node` goes up from there until it is absorbed.
+
+        With the factor itself given, all of it has to be. In front of a result it costs nothing,
+        and one that stops half way, at a tensor repeated for channels with different factors,
+        costs an integer multiplication. With `may_merge` a factor that is there already takes it;
+        without, only where that one goes on up: the quotient of two rotary factors is a tangent.
+        """
         if d.is_call(node, SCALE):
-            return True
+            return may_merge or self._takes(d.input_node(node), factor, may_merge)
         if len(node.users) > 1 and not (self.may_copy and _is_cheap_to_copy(node)):
             return False
-        if d.is_call(node, LINEAR) or d.is_map(node) or node.op == "placeholder":
+        if d.is_map(node) or node.op == "placeholder":
             return True
+        if d.is_call(node, LINEAR):
+            return factor is None or _as_column_factor(factor, len(d.shape_of(node))) is not None
         if d.is_call(node, d.ADD, d.SUB):
-            return all(self._takes(n) for n in d.operands(node))
+            return all(self._takes(n, factor, may_merge) for n in d.operands(node))
         if d.is_call(node, d.MATMUL):
             return any(_is_cheap_to_copy(n) for n in d.operands(node))
-        return d.is_call(node, *_MOVES, SHIFT, d.SUM) and self._takes(d.input_node(node))
+        if not d.is_call(node, *_MOVES, SHIFT, d.SUM):
+            return False
+        source = d.input_node(node)
+        if factor is None or d.is_call(node, SHIFT):
+            return self._takes(source, factor, may_merge)
+        moved = (
+            _before_sum(node, factor)
+            if d.is_call(node, d.SUM)
+            else _before_move(node, source, factor)
+        )
+        return moved is not None and self._takes(source, moved, may_merge)
 
-    def _into_rows(self, program: Program) -> bool:
+    def _into_rows(self, program: Program) -> None:
         """Fold a factor of the channels that a clear matrix sums into its rows."""
-        changed = False
         for node in program.calls(LINEAR):
             x, weight = d.input_node(node), d.constant(d.input_node(node, 1))
             if not d.is_call(x, SCALE) or weight.dim() != 2:
@@ -227,14 +246,12 @@ class FoldScales(Pass):
                 turned = row.reshape(-1, 1) if row.numel() > 1 else row
                 b = program.before(node, self)
                 program.replace(node, b.linear(d.input_node(x), weight * turned))
-                changed = True
-        return changed
 
 
 def _is_whole(factor: Tensor) -> bool:
     """Say whether a factor is one integer, by which multiplying is exact."""
     value = factor.reshape(-1)
-    return factor.numel() == 1 and 1 < abs(value.item()) and _is_near_integer(value.item())
+    return factor.numel() == 1 and abs(value.item()) > 1 and _is_near_integer(value.item())
 
 
 def _is_near_integer(value: float) -> bool:
@@ -255,6 +272,16 @@ def _as_column_factor(factor: Tensor, rank: int) -> Tensor | None:
     if factor.shape[-1] == factor.numel() and factor.dim() <= rank:
         return factor.reshape(-1)
     return None
+
+
+def _before_sum(node: fx.Node, factor: Tensor) -> Tensor:
+    """Return the factor on the addends that equals `factor` behind their sum."""
+    if factor.numel() == 1:
+        return factor.reshape(())
+    factor = factor.expand(d.shape_of(node))
+    for dim in [] if node.args[2] else cast("list[int]", node.args[1]):
+        factor = factor.unsqueeze(dim)
+    return _shrink(factor)
 
 
 def _before_move(move: fx.Node, source: fx.Node, factor: Tensor) -> Tensor | None:

@@ -23,9 +23,15 @@ from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.passes.base import Pass, register
+from fhe_fx.quant.ranges import class_ends
 from fhe_fx.quant.tables import build_tables
 
 __all__ = ["LowerToIntegers"]
+
+
+_TABLE_ROOM = 0.05
+"""How far a table may answer beyond the calibrated range of its results, as a part of it. Inputs
+beyond theirs may lead to a pole; its value would wrap in the accumulator that reads it."""
 
 
 @register
@@ -140,9 +146,11 @@ class _Lowering:
             x = self._typed(scaled, x.scale / times, x.offset, accumulator)
         x = self._centre(builder, x, low, high, accumulator)
         function = d.map_of(node)
+        least, greatest = _class_range(self.program, node)
+        room = (greatest - least) * _TABLE_ROOM
         tables = build_tables(
             lambda v: function(v.float()), x.offset, x.scale * (1 << (accumulator - bits)),
-            scale, bits,
+            scale, bits, (least - room, greatest + room),
         )
         read = builder.lookup(x.node, tables.entries, tables.which, bits, accumulator - bits)
         read.meta["function"] = operator_name(node)
@@ -177,11 +185,10 @@ def _over_rows(x: Tensor, reduce: object) -> Tensor:
 
 
 def _class_range(program: Program, node: fx.Node) -> tuple[Tensor, Tensor]:
-    values = program.observed[node.name].double()
+    """Return the observed ends of each element's class, of the node's shape."""
     index: Tensor = node.meta["classes"]
-    flat = index.reshape(-1)
-    low = torch.full((int(flat.max()) + 1,), torch.inf, dtype=torch.float64)
-    high = -low
-    low.scatter_reduce_(0, flat, values.amin(0).reshape(-1), "amin")
-    high.scatter_reduce_(0, flat, values.amax(0).reshape(-1), "amax")
+    n_classes = 1 + max(
+        int(n.meta["classes"].max()) for n in program.encrypted() if n.meta["classes"].numel()
+    )
+    low, high = class_ends(program, node, lambda n: n.meta["classes"], n_classes)
     return low[index], high[index]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.build import Builder
+from fhe_fx.ir.build import Builder, elementwise
 from fhe_fx.ir.ops import ENTER, LEAVE, SCALE, SHIFT
 
 __all__ = ["LOWERINGS", "Unsupported", "register_lowering"]
@@ -318,9 +318,9 @@ def pow_tensor(b: Builder, x: Value, y: Value) -> fx.Node:
 
 @register_lowering(aten.where.self)
 def where(b: Builder, condition: Value, x: Value, y: Value) -> fx.Node:
-    """Choose by a constant mask: one operand times the mask, plus the other times its inverse."""
-    if _encrypted(condition):
-        raise Unsupported("the condition is encrypted; only constant masks can choose")
+    """Choose by a mask: one operand times the mask, plus the other times its inverse."""
+    if _encrypted(condition):  # zeros and ones; fused to one table if all depends on one tensor
+        return add(b, mul(b, x, condition), mul(b, y, rsub(b, condition, 1.0)))
     mask = condition.to(torch.float32)
     if _encrypted(x) and _encrypted(y):
         return add(b, mul(b, x, mask), mul(b, y, 1 - mask))
@@ -330,10 +330,30 @@ def where(b: Builder, condition: Value, x: Value, y: Value) -> fx.Node:
     return add(b, mul(b, x, mask), fill)
 
 
+COMPARISONS = (
+    aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.eq.Scalar, aten.ne.Scalar,
+)
+"""Steps at a constant number: zeros and ones."""
+
+
+def _comparison(op: Any) -> Lowering:
+    def rule(b: Builder, x: fx.Node, number: float) -> fx.Node:
+        step = elementwise((op, (number,), {}), (aten.to.dtype, (torch.float32,), {}))
+        return b.map(x, step, "step")
+
+    return rule
+
+
+for _op in COMPARISONS:
+    LOWERINGS[_op] = _comparison(_op)
+
+
 @register_lowering(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def masked_fill(b: Builder, x: fx.Node, mask: Value, value: Value) -> fx.Node:
     """Overwrite where a constant mask is true."""
-    return where(b, mask if _encrypted(mask) else ~mask, x, value)
+    if _encrypted(mask):
+        return where(b, mask, value, x)
+    return where(b, ~mask, x, value)
 
 
 # Elementwise functions ----------------------------------------------------------------------
@@ -418,6 +438,22 @@ def native_layer_norm(
     y = b.mul(centred, inverse)
     y = y if weight is None else mul(b, y, weight)
     return (y if bias is None else add(b, y, bias)), average, inverse
+
+
+@register_lowering(aten.native_group_norm.default)
+def native_group_norm(
+    b: Builder, x: fx.Node, weight: Value, bias: Value, n: int, channels: int, size: int,
+    groups: int, eps: float,
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Layer norm of each group of channels, then a scale and a shift for each channel."""
+    shape = _shape(x)
+    flat = b.view(x, (n, groups, channels // groups * size))
+    y, average, inverse = native_layer_norm(b, flat, [channels // groups * size], None, None, eps)
+    y = b.view(y, shape)
+    each = (channels,) + (1,) * (len(shape) - 2)
+    y = y if weight is None else mul(b, y, weight.view(each))
+    y = y if bias is None else add(b, y, bias.view(each))
+    return y, b.view(average, (n, groups)), b.view(inverse, (n, groups))
 
 
 # Matrix products ----------------------------------------------------------------------------

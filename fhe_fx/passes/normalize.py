@@ -65,8 +65,9 @@ class Normalize(Pass):
                     raise UnsupportedOpError(_listing(program, faults))
                 end.args = (tuple(values[n] for n in node.args[0]),)
         _check_results(program, end)
+        before = str(program)
         program.module = module
-        return True
+        return str(program) != before
 
     def _lower(
         self,

@@ -10,14 +10,15 @@ from fhe_fx.passes.expand_matmuls import ExpandMatmuls
 from fhe_fx.passes.fold_scales import FoldScales
 from fhe_fx.passes.fuse_maps import FuseMaps
 from fhe_fx.passes.hoist_maps import HoistMaps
+from fhe_fx.passes.insert_refreshes import InsertRefreshes
 from fhe_fx.passes.lower_softmax import LowerSoftmax
 from fhe_fx.passes.lower_to_integers import LowerToIntegers
 from fhe_fx.passes.normalize import Normalize
 from fhe_fx.passes.products_to_squares import ProductsToSquares
-from fhe_fx.passes.insert_refreshes import InsertRefreshes
 from fhe_fx.passes.sink_pairs import SinkPairs
 from fhe_fx.passes.sink_selections import SinkSelections
 from fhe_fx.passes.split_inputs import SplitInputs
+from fhe_fx.passes.untie_scales import UntieScales
 
 __all__ = ["default_pipeline"]
 
@@ -52,6 +53,7 @@ def default_pipeline() -> Pipeline:
             InsertRefreshes(),
             HoistMaps(),
             SplitInputs(),
+            UntieScales(),
             Calibrate(),
             AllotBits(),
             AssignScales(),

@@ -49,8 +49,10 @@ class ProductsToSquares(Pass):
             return False
         classes = find_classes(program)
         plans = [self._plan(program, classes, n) for n in nodes]
+        written: dict[fx.Node, fx.Node] = {}  # a product may be an operand of a later one
         for node, plan in zip(nodes, plans, strict=True):
-            self._rewrite(program, node, plan)
+            written[node] = self._rewrite(program, node, plan, written)
+            program.replace(node, written[node])
         return True
 
     def _plan(self, program: Program, classes: Classes, node: fx.Node) -> _Plan:
@@ -78,9 +80,12 @@ class ProductsToSquares(Pass):
             _compact(1.0 / (alpha[a] * beta[b])),
         )
 
-    def _rewrite(self, program: Program, node: fx.Node, plan: _Plan) -> None:
+    def _rewrite(
+        self, program: Program, node: fx.Node, plan: _Plan, written: dict[fx.Node, fx.Node]
+    ) -> fx.Node:
         b = program.before(node, self)
-        a1, b1 = b.scale(plan.left.root, plan.alpha), b.scale(plan.right.root, plan.beta)
+        left, right = (written.get(o.root, o.root) for o in (plan.left, plan.right))
+        a1, b1 = b.scale(left, plan.alpha), b.scale(right, plan.beta)
         u = b.add(plan.left.move(b, a1), plan.right.move(b, b1))
         square = b.map(u, _square_around(plan.mean), "square")
         own = [
@@ -90,7 +95,7 @@ class ProductsToSquares(Pass):
             )
         ]
         total = b.shift(b.add(b.add(square, own[0]), own[1]), -0.5 * plan.mean.square())
-        program.replace(node, b.scale(total, plan.factor))
+        return b.scale(total, plan.factor)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ def _take(b: Builder, node: fx.Node) -> fx.Node:
 
     def pick_constant(n: fx.Node) -> Tensor:
         c = d.constant(n)
-        return c if c.numel() == 1 else c.expand(d.shape_of(x))[..., rows, columns]
+        if c.numel() == 1:
+            return c.reshape(())  # [1, 1, 1] would not broadcast to fewer dimensions
+        return c.expand(d.shape_of(x))[..., rows, columns]
 
     if d.is_call(x, SCALE):
         return b.scale(pick(d.input_node(x)), pick_constant(d.input_node(x, 1)))
@@ -84,15 +86,16 @@ def _take(b: Builder, node: fx.Node) -> fx.Node:
 
 
 def _put(b: Builder, node: fx.Node) -> fx.Node:
-    """Scatter by a clear matrix of zeros and ones."""
+    """Scatter by a selection, with an encrypted zero for the entries that no pair fills."""
     x = d.input_node(node)
     rows, columns = (d.constant(d.input_node(node, i)) for i in (1, 2))
     n_rows, n_columns = cast(int, node.args[3]), cast(int, node.args[4])
-    place = torch.zeros(len(rows), n_rows * n_columns)
-    place[torch.arange(len(rows)), rows * n_columns + columns] = 1
     *lead, n = d.shape_of(x)
-    flat = b.linear(b.view(x, (*lead, 1, n)), place)
-    return b.view(flat, (*lead, n_rows, n_columns))
+    source = torch.full((n_rows * n_columns,), n)
+    source[rows * n_columns + columns] = torch.arange(n)
+    if n < n_rows * n_columns:
+        x = b.cat([x, b.scale(b.index_select(x, -1, torch.tensor([0])), 0.0)], -1)
+    return b.view(b.index_select(x, -1, source), (*lead, n_rows, n_columns))
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class SplitInputs(Pass):
     def _copy(program: Program, node: fx.Node) -> fx.Node:
         with program.graph.inserting_before(program.placeholders[-1].next):
             copy = program.graph.placeholder(f"{node.name}_copy")
+        copy.target = copy.name  # names are made unique, targets are not: they are arguments
         copy.meta.update(node.meta)
         program.sources[copy.name] = program.sources[node.name]
         return copy

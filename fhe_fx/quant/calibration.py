@@ -58,6 +58,12 @@ def check_calibration(given: Iterable[Any]) -> list[Call]:
     Warns:
         UserWarning: if they look like random noise, on which ranges mean nothing.
     """
+    if isinstance(given, (Tensor, Mapping)):
+        given = [given]  # one batch
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(given).__name__}; give a list of model inputs."
+        )
     calls = [as_call(one) for one in given]
     if not calls:
         raise CalibrationError("calibration is empty. Give some inputs, or leave it out.")
@@ -71,7 +77,7 @@ def check_calibration(given: Iterable[Any]) -> list[Call]:
             f"fit real inputs. Give real inputs, or leave calibration out: the model then samples "
             f"its own.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # the caller of encrypt_submodule
         )
     return calls
 
@@ -126,23 +132,39 @@ def sample_from_model(model: nn.Module, tokens: int, options: Options) -> list[C
             f"{type(model).__name__} has no vocabulary to sample inputs from. "
             f"Pass calibration=[...]: some dozens of real inputs."
         )
+    # Long samples, cut in two, so that the first row of a circuit does not only see first words.
+    room = getattr(model.config, "max_position_embeddings", None) or 2 * tokens
+    length = min(2 * tokens, max(tokens, room - 1))
     generator = torch.Generator().manual_seed(options.seed)
     start = getattr(model.config, "bos_token_id", None)
-    n = options.n_samples
+    n = -(-options.n_samples // 2)
     if isinstance(start, int) and start < size:
         ids = torch.full((n, 1), start)
     else:
         ids = torch.randint(size, (n, 1), generator=generator)
     with torch.no_grad():
-        while ids.shape[1] <= tokens:
-            logits = _logits(model, ids)
+        while ids.shape[1] <= length:
+            try:
+                logits = _logits(model, ids)
+            except Exception as error:
+                raise CalibrationError(
+                    f"{type(model).__name__} cannot sample its own calibration inputs: it fails on "
+                    f"{ids.shape[1]} tokens ({type(error).__name__}: {error}). "
+                    f"Pass calibration=[...], or a smaller max_tokens."
+                ) from error
             if logits is None:
                 new = torch.randint(size, (n, 1), generator=generator)
+            elif not bool(torch.isfinite(logits).all()):
+                raise CalibrationError(
+                    f"{type(model).__name__} returns nan or inf on {ids.shape[1]} tokens of its "
+                    f"own. Load its weights again."
+                )
             else:
                 new = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
             ids = torch.cat([ids, new], 1)
     # The start token is dropped: prompts rarely begin with it, and it is an outlier in most models.
-    return [Call((), {"input_ids": row[None, 1:]}) for row in ids]
+    halves = [ids[:, 1 : 1 + tokens], ids[:, 1 + length - tokens :]]
+    return [Call((), {"input_ids": row[None]}) for half in halves for row in half]
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor | None:

@@ -75,11 +75,14 @@ def absorbed_scales(program: Program) -> dict[fx.Node, fx.Node]:
 
 
 def is_exact_scale(node: fx.Node) -> bool:
-    """Say whether a node multiplies by integers, which needs no rounding and no new scale."""
+    """Say whether a node multiplies by integers, which needs no rounding and no new scale.
+
+    A factor of one is not such a node: it stands where `untie-scales` wants a new scale.
+    """
     if not d.is_call(node, SCALE):
         return False
     factor = d.constant(d.input_node(node, 1))
-    return bool((factor == factor.round()).all()) and bool((factor != 0).all())
+    return bool((factor == factor.round()).all()) and not bool((factor == 1).all())
 
 
 def find_classes(program: Program) -> Classes:

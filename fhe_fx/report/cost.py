@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,6 +74,23 @@ class Report:
     """What the encrypted parts of a model cost."""
 
     regions: tuple[RegionCost, ...]
+
+    @staticmethod
+    def from_costs(costs: Sequence[Mapping[str, Any]]) -> Report:
+        """Make the report of regions from their costs as a manifest holds them.
+
+        Args:
+            costs: fields of RegionCost, with `nodes` as fields of NodeCost; the time is estimated
+                anew, for this machine.
+        """
+        rate, _ = bootstrap_rate()
+        regions = []
+        for cost in costs:
+            nodes = tuple(NodeCost(**node) for node in cost["nodes"])
+            seconds = cost["complexity"] / rate if cost["complexity"] is not None else None
+            fields = {**cost, "nodes": nodes, "estimated_seconds": seconds}
+            regions.append(RegionCost(**fields))
+        return Report(tuple(regions))
 
     def as_dict(self) -> dict[str, Any]:
         """Return totals, and each region with its nodes."""

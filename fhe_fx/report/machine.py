@@ -5,9 +5,19 @@ from __future__ import annotations
 import json
 import os
 import platform
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-__all__ = ["USUAL_RATE", "bootstrap_rate", "machine_name", "rate_file"]
+__all__ = [
+    "USUAL_RATE",
+    "bootstrap_rate",
+    "installed_version",
+    "machine_facts",
+    "machine_name",
+    "rate_file",
+    "store_rate",
+]
 
 USUAL_RATE = 3.3e9
 """Complexity units a second and core on a busy host, where `fhe-fx doctor` has not measured."""
@@ -25,6 +35,45 @@ def bootstrap_rate() -> tuple[float, bool]:
         return float(json.loads(rate_file().read_text())["rate"]), True
     except (OSError, ValueError, KeyError, TypeError):
         return USUAL_RATE * (os.cpu_count() or 1), False
+
+
+def store_rate(rate: float) -> Path:
+    """Keep a measured rate for the reports of this user, and return where.
+
+    Args:
+        rate: complexity units a second on all cores.
+    """
+    path = rate_file()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps({"rate": rate, "machine": machine_name()}) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def installed_version(package: str) -> str:
+    """Return the version of an installed package, in words if it is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return versions, cores, memory and the look-up rate that reports reckon with."""
+    packages = ("fhe_fx", "torch", "transformers", "concrete-python", "numpy")
+    rate, is_measured = bootstrap_rate()
+    page = os.sysconf("SC_PAGE_SIZE")
+    return {
+        "python": platform.python_version(),
+        **{package: installed_version(package) for package in packages},
+        "machine": machine_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(page * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "free_memory_gb": round(page * os.sysconf("SC_AVPHYS_PAGES") / 1e9, 1),
+        "rate": rate,
+        "rate_is_measured": is_measured,
+    }
 
 
 def machine_name() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
@@ -18,8 +19,8 @@ from fhe_fx.passes.sink_pairs import SinkPairs
 __all__ = ["causal_axes"]
 
 
-def causal_axes(program: Program, length: int) -> dict[int, int] | None:
-    """Find, for each result, the axis along which it is causal in every input of `length` rows.
+def causal_axes(program: Program, row_axes: Sequence[int]) -> dict[int, int] | None:
+    """Find, for each result, the axis along which it is causal in the rows of every input.
 
     Row i of a causal result depends on rows 0 to i of the inputs alone, so rows may be appended
     and dropped again. Each operator of the graph is followed, element by element, from the rows
@@ -27,11 +28,15 @@ def causal_axes(program: Program, length: int) -> dict[int, int] | None:
 
     Args:
         program: a normalized program, before heads or squares; left as it is.
-        length: number of rows; inputs have exactly one axis of that size behind the first.
+        row_axes: the axis of each input that holds its rows; all hold as many.
 
     Returns:
         The row axis of each result by number, or None if a result is not causal.
     """
+    lengths = {d.shape_of(n)[axis] for n, axis in zip(program.placeholders, row_axes, strict=True)}
+    if len(lengths) != 1:
+        return None
+    length = lengths.pop()
     pairs = Program(copy.deepcopy(program.module), properties=set(program.properties))
     Pipeline((LowerSoftmax(), SinkPairs(), ExpandMatmuls())).run(pairs)
     axes: dict[int, int] = {}
@@ -39,7 +44,7 @@ def causal_axes(program: Program, length: int) -> dict[int, int] | None:
         {a for a, n in enumerate(d.shape_of(r)) if n == length and a > 0} for r in pairs.results
     ]
     for start in range(1, length):
-        reached = _reach(pairs, start, length)
+        reached = _reach(pairs, start, row_axes)
         if reached is None:
             return None
         for number, touched in enumerate(reached):
@@ -53,17 +58,15 @@ def causal_axes(program: Program, length: int) -> dict[int, int] | None:
     return axes
 
 
-def _reach(program: Program, start: int, length: int) -> list[Tensor] | None:
+def _reach(program: Program, start: int, row_axes: Sequence[int]) -> list[Tensor] | None:
     """Return which elements of each result depend on input rows from `start` on."""
     touched: dict[fx.Node, Tensor] = {}
     for node in program.encrypted():
         shape = d.shape_of(node)
         if node.op == "placeholder":
-            axes = [a for a, n in enumerate(shape) if n == length and a > 0]
-            if len(axes) != 1:
-                return None
+            axis = row_axes[program.source_of(node)]
             touched[node] = torch.zeros(shape)
-            touched[node].narrow(axes[0], start, length - start).fill_(1)
+            touched[node].narrow(axis, start, shape[axis] - start).fill_(1)
             continue
         inputs = [touched[n] for n in d.operands(node)]
         if d.is_map(node) or d.is_call(node, SHIFT):

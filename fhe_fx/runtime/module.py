@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,17 @@ __all__ = ["EncryptedModule", "Signature", "keyed_leaves"]
 
 CHANGED_BEYOND = 1e-3
 """Largest relative difference, in float, at which other arguments still mean the same call."""
+RELOADED_BEYOND = 0.02
+"""Relative change of a weight's norm that a cast to half precision cannot explain."""
 
 
 def keyed_leaves(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Flatten a call; each leaf under a name such as `args[0]` or `kwargs['attention_mask']`."""
-    found = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))[0]
-    names = ("args", "kwargs")
-    return {names[path[0].idx] + pytree.keystr(path[1:]): leaf for path, leaf in found}
+    found: dict[str, Any] = {}
+    for name, tree in (("args", tuple(args)), ("kwargs", dict(kwargs))):
+        for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+            found[name + pytree.keystr(path)] = leaf
+    return found
 
 
 @dataclass(frozen=True)
@@ -37,26 +42,50 @@ class Signature:
     results: tuple[int, ...]
     """Leaf of the output that each result of the region is."""
     output: Any
-    """The recorded output, whose structure is returned."""
+    """The recorded output, whose structure is returned; None for tensors that nothing reads."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How the rows of a call lie in those of the circuit; equal where the call fits."""
+
+    given: int
+    compiled: int
+    axes: tuple[int, ...]
+    """The axis of each encrypted input that holds them."""
 
 
 class EncryptedModule(nn.Module):
     """Runs a submodule in float (`disable`), integers (`clear`), noise (`simulate`) or ciphertext
-    (`execute`), inside the model's own forward."""  # noqa: D205, D209
+    (`execute`), inside the model's own forward.
+
+    Its parameters, buffers and children are the original's, under the original's names, so that a
+    `state_dict` fits both models.
+    """  # noqa: D205
+
+    original: nn.Module
+    region: Region
+    signature: Signature
 
     def __init__(self, original: nn.Module, region: Region, signature: Signature) -> None:
         super().__init__()
-        self.original = original
+        self.__dict__["original"] = original  # not a child: it would change every name below
+        for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            self.__dict__[shared] = getattr(original, shared)
+        self.training = original.training
         self.region = region
         self.signature = signature
         self._mode = "disable"
+        self._norms = self._weight_norms()
 
     def __getattr__(self, name: str) -> Any:
         """Answer what the model asks of the submodule by asking the original."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("original"), name)
+            if name.startswith("__") or "original" not in self.__dict__:
+                raise
+            return getattr(self.original, name)
 
     @property
     def mode(self) -> str:
@@ -68,13 +97,22 @@ class EncryptedModule(nn.Module):
         if value not in MODES:
             raise OptionsError(
                 f"mode={value!r} is not one of {', '.join(MODES)}."
-                f"{did_you_mean(value, list(MODES))}"
+                f"{did_you_mean(str(value), list(MODES))}"
             )
         self._mode = value
 
+    def train(self, mode: bool = True) -> EncryptedModule:
+        """Put the original in training mode, or back; circuits know no dropout."""
+        self.original.train(mode)
+        self.training = mode
+        return self
+
     def extra_repr(self) -> str:
         """Say what stands here when the model is printed."""
-        return f"encrypted, mode={self.mode}"
+        rows = " and ".join(str(list(shape)) for shape in self.region.input_shapes)
+        own = self.original.extra_repr()
+        name = type(self.original).__name__
+        return f"{name}{f'({own})' if own else ''}, encrypted at {rows}, mode={self.mode}"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the submodule.
@@ -84,25 +122,47 @@ class EncryptedModule(nn.Module):
         """
         if self._mode == "disable":
             return self.original(*args, **kwargs)
+        self._check_state()
         leaves = keyed_leaves(args, kwargs)
         inputs = [self._input(name, leaves) for name in self.signature.encrypted]
-        batch = inputs[0].shape[0]
-        lengths = {self._rows(x, shape) for x, shape in self._with_shapes(inputs)}
-        rows = lengths.pop() if len(lengths) == 1 else None
-        padded = [
-            [self._pad(x[i : i + 1], shape) for x, shape in self._with_shapes(inputs)]
-            for i in range(batch)
+        n_samples = self._n_samples(inputs)
+        rows = self._rows(inputs)
+        result_axes = self._result_axes(rows)
+        samples = [
+            [self._sample(x, shape, i, rows, k) for k, (x, shape) in enumerate(self._fit(inputs))]
+            for i in range(n_samples)
         ]
-        axes = self._axes(rows)
-        self._check_others(leaves, args, kwargs, padded, rows, axes)
-        runs = [self._cut(self.region.run(sample, self._mode), rows, axes) for sample in padded]
+        self._check_others(leaves, args, kwargs, samples, rows, result_axes)
+        runs = [
+            self._cut(self.region.run(sample, self._mode), rows, result_axes) for sample in samples
+        ]
         results = [torch.cat([run[k] for run in runs]) for k in range(len(runs[0]))]
-        return self._output([r.to(inputs[0].dtype) for r in results])
+        is_as_recorded = n_samples == 1 and rows is None
+        return self._output([r.to(inputs[0]) for r in results], is_as_recorded)
 
     # Fitting a call to the circuit ------------------------------------------------------------
 
-    def _with_shapes(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor, tuple[int, ...]]]:
+    def _fit(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor, tuple[int, ...]]]:
         return list(zip(inputs, self.region.input_shapes, strict=True))
+
+    def _check_state(self) -> None:
+        """Refuse a state in which the circuit is not what the module computes."""
+        if self.training:
+            raise InputError(
+                f"{self.region.name} is in training mode; a circuit is one fixed function. "
+                f"Call model.eval()."
+            )
+        for name, norm in self._weight_norms().items():
+            known = self._norms.get(name, norm)
+            if not abs(norm - known) <= RELOADED_BEYOND * known:
+                raise InputError(
+                    f"{self.region.name}.{name} has changed since the circuit was made: its norm "
+                    f"is {norm:.4g} and was {known:.4g}. Encrypt the float model again."
+                )
+
+    def _weight_norms(self) -> dict[str, float]:
+        with torch.no_grad():
+            return {name: float(p.float().norm()) for name, p in self.named_parameters()}
 
     def _input(self, name: str, leaves: dict[str, Any]) -> Tensor:
         x = leaves.get(name)
@@ -112,60 +172,101 @@ class EncryptedModule(nn.Module):
                 f"as a tensor. Call the module as it was called when it was compiled."
             )
         shape = self.region.input_shapes[self.signature.encrypted.index(name)]
-        wrong = [
-            a for a in range(1, len(shape)) if x.dim() == len(shape) and x.shape[a] != shape[a]
-        ]
-        if x.dim() != len(shape) or len(wrong) > 1 or (wrong and x.shape[wrong[0]] == 0):
+        fits = x.dim() == len(shape) and x.numel() > 0 and x.shape[0] % shape[0] == 0
+        wrong = [a for a in range(1, len(shape)) if fits and x.shape[a] != shape[a]]
+        if not fits or len(wrong) > 1:
+            leading = "batch" if shape[0] == 1 else f"batch * {shape[0]}"
             raise InputError(
                 f"{self.region.name}: {name} has shape {list(x.shape)}; the circuit takes "
-                f"{['batch', *shape[1:]]}."
+                f"[{', '.join([leading, *map(str, shape[1:])])}]."
             )
         if wrong and x.shape[wrong[0]] > shape[wrong[0]]:
+            axis = wrong[0]
             raise InputError(
-                f"{self.region.name}: {name} has {x.shape[wrong[0]]} rows; the circuit was "
-                f"compiled for at most {shape[wrong[0]]}. "
-                f"Encrypt with max_tokens={x.shape[wrong[0]]}."
+                f"{self.region.name}: {name} has {x.shape[axis]} rows in axis {axis}; the circuit "
+                f"was compiled for at most {shape[axis]}. Give fewer, or encrypt again"
+                + (f" with max_tokens={x.shape[axis]}." if axis == 1 else " for the new shape.")
             )
         if not bool(torch.isfinite(x).all()):
             raise InputError(f"{self.region.name}: {name} holds nan or inf.")
         return x
 
-    @staticmethod
-    def _rows(x: Tensor, shape: tuple[int, ...]) -> tuple[int, int] | None:
-        """Return rows given and rows compiled, if they differ."""
-        for axis in range(1, len(shape)):
-            if x.shape[axis] != shape[axis]:
-                return x.shape[axis], shape[axis]
-        return None
+    def _n_samples(self, inputs: Sequence[Tensor]) -> int:
+        """Return how often the circuit runs: once for each sample of the batch."""
+        counts = [x.shape[0] // shape[0] for x, shape in self._fit(inputs)]
+        most = max(counts)
+        if any(n not in {1, most} for n in counts):
+            listed = ", ".join(
+                f"{name} has {n}" for name, n in zip(self.signature.encrypted, counts, strict=True)
+            )
+            raise InputError(f"{self.region.name}: batches of different sizes: {listed}.")
+        if most > 1:
+            self._check_batch_axis()
+        return most
+
+    def _check_batch_axis(self) -> None:
+        """Refuse a batch where the results do not hold one sample after the other."""
+        leading = {shape[0] for shape in self.region.input_shapes}
+        outputs = pytree.tree_leaves(self.signature.output)
+        for leaf in self.signature.results:
+            if {outputs[leaf].shape[0] if outputs[leaf].dim() else None} != leading:
+                raise InputError(
+                    f"{self.region.name}: the first axis of a result of shape "
+                    f"{list(outputs[leaf].shape)} is not the batch. Run the samples one by one."
+                )
+
+    def _rows(self, inputs: Sequence[Tensor]) -> _Rows | None:
+        """Return how the call is shorter than the circuit, or None if it is not."""
+        axes, found = [], set()
+        for x, shape in self._fit(inputs):
+            axis = next((a for a in range(1, len(shape)) if x.shape[a] != shape[a]), 0)
+            axes.append(axis)
+            found.add((x.shape[axis], shape[axis]) if axis else None)
+        if found == {None}:
+            return None
+        if len(found) > 1:
+            listed = ", ".join(
+                f"{name} has shape {list(x.shape)}"
+                for name, x in zip(self.signature.encrypted, inputs, strict=True)
+            )
+            raise InputError(
+                f"{self.region.name}: {listed}; the circuit takes "
+                f"{' and '.join(str(list(s)) for s in self.region.input_shapes)}, "
+                f"all as long or all equally shorter."
+            )
+        ((given, compiled),) = (f for f in found if f is not None)
+        return _Rows(given, compiled, tuple(axes))
 
     @staticmethod
-    def _pad(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Repeat the last row up to the compiled length."""
-        for axis in range(1, len(shape)):
-            if (missing := shape[axis] - x.shape[axis]) > 0:
-                last = x.narrow(axis, x.shape[axis] - 1, 1)
-                x = torch.cat([x, *[last] * missing], axis)
-        return x
+    def _sample(
+        x: Tensor, shape: tuple[int, ...], number: int, rows: _Rows | None, k: int
+    ) -> Tensor:
+        """Take one sample, and repeat its last row up to the compiled length."""
+        n_samples = x.shape[0] // shape[0]
+        x = x.narrow(0, (number % n_samples) * shape[0], shape[0])
+        if rows is None:
+            return x
+        last = x.narrow(rows.axes[k], rows.given - 1, 1)
+        return torch.cat([x, *[last] * (rows.compiled - rows.given)], rows.axes[k])
 
-    def _axes(self, rows: tuple[int, int] | None) -> dict[int, int]:
+    def _result_axes(self, rows: _Rows | None) -> dict[int, int]:
         if rows is None:
             return {}
-        axes = self.region.causal(rows[1])
+        axes = self.region.causal(rows.axes)
         if axes is None:
             raise InputError(
-                f"{self.region.name}: {rows[0]} rows were given to a circuit of {rows[1]}, and a "
-                f"row of this part may depend on later ones, so it cannot be padded. "
-                f"Encrypt with max_tokens={rows[0]}, or give {rows[1]} rows."
+                f"{self.region.name}: {rows.given} rows were given to a circuit of "
+                f"{rows.compiled}, and a row of this part may depend on later ones, so it cannot "
+                f"be padded. Give {rows.compiled} rows, or encrypt again"
+                + (f" with max_tokens={rows.given}." if set(rows.axes) == {1} else ".")
             )
         return axes
 
     @staticmethod
-    def _cut(
-        results: Sequence[Tensor], rows: tuple[int, int] | None, axes: dict[int, int]
-    ) -> list[Tensor]:
+    def _cut(results: Sequence[Tensor], rows: _Rows | None, axes: dict[int, int]) -> list[Tensor]:
         if rows is None:
             return list(results)
-        return [r.narrow(axes[k], 0, rows[0]) for k, r in enumerate(results)]
+        return [r.narrow(axes[k], 0, rows.given) for k, r in enumerate(results)]
 
     # Arguments that the circuit holds as constants ---------------------------------------------
 
@@ -174,47 +275,77 @@ class EncryptedModule(nn.Module):
         leaves: dict[str, Any],
         args: Sequence[Any],
         kwargs: dict[str, Any],
-        padded: list[list[Tensor]],
-        rows: tuple[int, int] | None,
-        axes: dict[int, int],
+        samples: list[list[Tensor]],
+        rows: _Rows | None,
+        result_axes: dict[int, int],
     ) -> None:
         """Refuse a call whose other arguments would give another result."""
         known = self.signature.others
-        changed = [
+        changed = sorted(
             name
             for name in {**known, **leaves}
             if name not in self.signature.encrypted
             and not _is_same(known.get(name), leaves.get(name))
-        ]
+        )
         if not changed:
             return
-        with torch.no_grad():
-            expected = pytree.tree_leaves(self.original(*args, **kwargs))
-            runs = [self._cut(self.region.run_float(s), rows, axes) for s in padded]
+        caches = [n for n in changed if hasattr(leaves.get(n), "get_seq_length")]
+        if caches:
+            raise InputError(
+                f"{self.region.name}: {', '.join(caches)} is a key/value cache, and a circuit has "
+                f"no past. Pass use_cache=False."
+            )
+        expected = self._in_float32(args, kwargs)
+        weights = [p.dtype for p in self.parameters() if p.is_floating_point()]
+        allowed = max([CHANGED_BEYOND, *(2 * torch.finfo(t).eps for t in weights)])
+        runs = [self._cut(self.region.run_float(s), rows, result_axes) for s in samples]
         for k, leaf in enumerate(self.signature.results):
-            ours, theirs = torch.cat([run[k] for run in runs]), expected[leaf].float()
-            error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
-            if error > CHANGED_BEYOND:
+            ours, theirs = torch.cat([run[k] for run in runs]), expected[leaf]
+            is_like = isinstance(theirs, Tensor) and theirs.shape == ours.shape
+            error = _relative(ours, theirs) if is_like else torch.inf
+            if not error <= allowed:
                 raise InputError(
-                    f"{self.region.name}: {', '.join(sorted(changed))} is not what the circuit was "
+                    f"{self.region.name}: {', '.join(changed)} is not what the circuit was "
                     f"compiled with, and changes the result by {error:.2g} of its range; the "
                     f"circuit holds it as a constant. If it is a padding mask, run each prompt "
                     f"alone and unpadded; if it is a cache, pass use_cache=False."
                 )
 
-    def _output(self, results: list[Tensor]) -> Any:
+    def _in_float32(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """Run the original, in single precision so that rounding does not look like a change."""
+
+        def widen(x: Any) -> Any:
+            return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        module = self.original
+        if any(p.dtype != torch.float32 for p in module.parameters() if p.is_floating_point()):
+            module = copy.deepcopy(module).float()
+        with torch.no_grad():
+            output = module(
+                *pytree.tree_map(widen, tuple(args)), **pytree.tree_map(widen, dict(kwargs))
+            )
+        return pytree.tree_leaves(output)
+
+    def _output(self, results: list[Tensor], is_as_recorded: bool) -> Any:
         leaves, spec = pytree.tree_flatten(self.signature.output)
-        leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if not is_as_recorded:  # a constant of another shape than this call's
+            leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         for leaf, result in zip(self.signature.results, results, strict=True):
             leaves[leaf] = result
         return pytree.tree_unflatten(leaves, spec)
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs.float()).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
 def _is_same(known: Any, given: Any) -> bool:
     """Say whether an argument is the recorded one, or the leading part of it."""
     if not isinstance(known, Tensor) or not isinstance(given, Tensor):
         return type(known) is type(given) and not isinstance(known, Tensor) and bool(known == given)
-    if known.dim() != given.dim() or known.dtype != given.dtype:
+    if known.dim() != given.dim() or known.is_floating_point() != given.is_floating_point():
+        return False
+    if not known.is_floating_point() and known.dtype != given.dtype:
         return False
     for axis, size in enumerate(given.shape):
         if axis == 0 and known.shape[0] == 1:
@@ -223,4 +354,4 @@ def _is_same(known: Any, given: Any) -> bool:
             return False
         else:
             known = known.narrow(axis, 0, size)
-    return bool(torch.equal(known, given))
+    return bool(torch.equal(known.to(given), given))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fhe_fx.backends.base import Circuit, CircuitFacts
 from fhe_fx.backends.reference import ReferenceBackend
-from fhe_fx.errors import BitWidthError, FheFxError
+from fhe_fx.errors import ArtifactError, BitWidthError, FheFxError
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.partition import ENCRYPTED, PREFIX, SUFFIX
@@ -43,7 +44,23 @@ class Region:
     input_shapes: tuple[tuple[int, ...], ...]
     """Shape of each encrypted input of the submodule, for one sample."""
     _circuit: Circuit | None = None
-    _causal: dict[int, dict[int, int] | None] = field(default_factory=dict)
+    _causal: dict[tuple[int, ...], dict[int, int] | None] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Region:
+        """Share it: nothing in it changes, and a circuit with its keys cannot be copied."""
+        return self
+
+    def __reduce__(self) -> str:
+        """Refuse to be pickled: fx graphs lose their types and circuits their keys on the way.
+
+        Raises:
+            ArtifactError: always.
+        """
+        raise ArtifactError(
+            f"{self.name}: an encrypted part cannot be pickled. Save the float model (its "
+            f"state_dict has the same names) and encrypt it again, or write the circuit with "
+            f"`fhe-fx export`."
+        )
 
     @property
     def is_compiled(self) -> bool:
@@ -86,15 +103,20 @@ class Region:
             return f"Try n_bits={n_bits}: it compiles."
         return "No smaller n_bits compiles either. Encrypt a smaller part."
 
-    def causal(self, length: int) -> dict[int, int] | None:
-        """Return the row axis of each result if the region is causal, as proved on its graph."""
-        if length not in self._causal:
-            self._causal[length] = causal_axes(self.target, length)
-        return self._causal[length]
+    def causal(self, row_axes: Sequence[int]) -> dict[int, int] | None:
+        """Return the row axis of each result if the region is causal, as proved on its graph.
+
+        Args:
+            row_axes: the axis of each encrypted input that holds its rows.
+        """
+        key = tuple(row_axes)
+        if key not in self._causal:
+            self._causal[key] = causal_axes(self.target, key)
+        return self._causal[key]
 
     def run_float(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the submodule in float, as captured."""
-        return self.target(*[x.float() for x in inputs])
+        return self.target(*[x.detach().float() for x in inputs])
 
     def run(self, inputs: Sequence[Tensor], mode: str) -> tuple[Tensor, ...]:
         """Run one sample: the client's float parts, and the circuit in between.
@@ -104,7 +126,7 @@ class Region:
             mode: "clear", "simulate" or "execute".
         """
         with torch.no_grad():
-            results = _Composed(self, mode).run(*[x.float() for x in inputs])
+            results = _Composed(self, mode).run(*[x.detach().float().cpu() for x in inputs])
         return tuple(results)
 
     def run_circuit(self, inputs: Sequence[Tensor], mode: str) -> list[Tensor]:
@@ -119,10 +141,11 @@ class _Composed(fx.Interpreter):
 
     def __init__(self, region: Region, mode: str) -> None:
         super().__init__(region.composed)
+        self.extra_traceback = False  # torch's would hide our messages
         self._region, self._mode = region, mode
 
-    def call_module(self, target: object, args: tuple[Tensor, ...], kwargs: object) -> object:
+    def call_module(self, target: fx.node.Target, args: Any, kwargs: Any) -> Any:
         if target == ENCRYPTED:
             return self._region.run_circuit(args, self._mode)
         assert target in {PREFIX, SUFFIX}
-        return super().call_module(target, args, kwargs)  # type: ignore[arg-type]
+        return super().call_module(target, args, kwargs)

@@ -40,7 +40,8 @@ class ConcreteBackend:
             p_error=program.options.p_error,
             compress_input_ciphertexts=True,
             show_graph=False, show_mlir=False, show_optimizer=False, show_progress=False,
-            verbose=False, use_insecure_key_cache=False,
+            verbose=False,
+            dump_artifacts_on_unexpected_failures=False, use_insecure_key_cache=False,
         )
         function = emit_function(program)
         function.__signature__ = _signature(names)  # type: ignore[attr-defined]

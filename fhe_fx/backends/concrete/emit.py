@@ -8,6 +8,7 @@ types to Concrete in place of what it would measure.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -55,12 +56,26 @@ def declared_bounds() -> Iterator[None]:
                 measured["min"], measured["max"] = (np.int64(b) for b in declared)
         return bounds
 
+    _prepare_thread()
     with _LOCK:
         Graph.measure_bounds = declare
         try:
             yield
         finally:
             Graph.measure_bounds = measure
+
+
+def _prepare_thread() -> None:
+    """Give this thread the state that Concrete sets up in the thread that imported it alone."""
+    extensions = "concrete.fhe.extensions"
+    for module, state, name, initial in (
+        ("tag", "tag_context", "stack", []),
+        ("round_bit_pattern", "local", "_is_adjusting", False),
+        ("truncate_bit_pattern", "local", "_is_adjusting", False),
+    ):
+        held = getattr(sys.modules[f"{extensions}.{module}"], state)
+        if not hasattr(held, name):
+            setattr(held, name, initial)
 
 
 class _Emitter(fx.Interpreter):

@@ -1,0 +1,496 @@
+"""The `fhe-fx` command: export a region, report its cost, run it, list the passes, look around.
+
+Results go to standard output, everything else to standard error; `--json` prints one object.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from fhe_fx.errors import FheFxError, InputError, OptionsError, TargetError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fhe_fx.runtime.region import Region
+
+__all__ = ["app", "main"]
+
+FAILED, INTERRUPTED = 2, 130
+T = TypeVar("T")
+
+
+class _Group(TyperGroup):
+    """Turns the errors that users can act on into one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:  # typer has a click of its own, which it does not show
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # libraries about themselves
+            warnings.filterwarnings("always", category=UserWarning, module=r"fhe_fx\.")
+            warnings.showwarning = lambda message, *rest: _say(f"warning: {message}")
+            try:
+                return super().invoke(ctx)
+            except FheFxError as error:
+                _say(f"error: {error}", "bold red")
+            except OSError as error:
+                if error.errno == errno.EPIPE:
+                    raise
+                _say(f"error: {error}", "bold red")
+            except KeyboardInterrupt:
+                _say("interrupted")
+                raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(FAILED)
+
+
+app = typer.Typer(
+    cls=_Group,
+    help=__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command and exit."""
+    try:
+        app()
+    except SystemExit as error:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if error.code == INTERRUPTED:
+            os._exit(INTERRUPTED)  # a native thread may still run, and cannot be stopped
+        raise
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+
+
+# Talking --------------------------------------------------------------------------------------
+
+
+def _say(text: str, style: str = "") -> None:
+    """Print on standard error, unwrapped."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text(text, style=style))
+
+
+def _print(text: str) -> None:
+    """Print on standard output, unwrapped."""
+    Console(soft_wrap=True, highlight=False).print(Text(text))
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def _progress(text: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done, on a terminal only; the callback changes the text."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda stage: None
+        return
+    with console.status(f"{text} ...") as status:
+        yield lambda stage: status.update(f"{stage} ...")
+
+
+def _interruptibly(action: Callable[[], T]) -> T:
+    """Run native code that Ctrl-C could not stop in a thread of its own, and wait for it.
+
+    Concrete compiles only in the thread that imported it, so this is for keys and execution.
+    """
+    found: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(action())
+        except BaseException as error:  # raised again in the main thread
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+        for number, handler in handlers.items():  # Concrete's HPX puts its own, which crash
+            signal.signal(number, handler)
+    if failed:
+        raise failed[0]
+    return found[0]
+
+
+# Options that commands share ------------------------------------------------------------------
+
+Submodule = Annotated[
+    str | None,
+    typer.Option(help="Part to encrypt: a path, a unique suffix, a glob or re:... that names one."),
+]
+NBits = Annotated[int, typer.Option(help="Bits of a quantized activation.")]
+Tokens = Annotated[
+    int | None, typer.Option(help="Rows of the circuit; by default 8, or as calibration has.")
+]
+Heads = Annotated[
+    str | None, typer.Option(help="Encrypt these heads of an attention only, as in 0 or 0,3.")
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="Sentences, one a line, or a .npy of inputs; else the model writes its own."),
+]
+PError = Annotated[
+    float | None, typer.Option(help="Probability that a look-up reads the neighbouring entry.")
+]
+Seed = Annotated[int, typer.Option(help="Of random weights and of sampled calibration.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Model = Annotated[
+    str,
+    typer.Argument(help="A Hugging Face directory or hub name, random:gpt2, or a .pt2 file."),
+]
+
+
+def _head_numbers(heads: str | None) -> list[int] | None:
+    if heads is None:
+        return None
+    try:
+        return [int(h) for h in heads.split(",")]
+    except ValueError:
+        raise OptionsError(
+            f"--heads {heads!r} is not a list of numbers. Write 0, or 0,3."
+        ) from None
+
+
+def _region(
+    model: str,
+    submodule: str | None,
+    n_bits: int,
+    tokens: int | None,
+    heads: str | None,
+    calibration: Path | None,
+    p_error: float | None,
+    seed: int,
+) -> Region:
+    """Load a model and lower one part of it."""
+    from fhe_fx.export.models import load_calibration, load_model
+    from fhe_fx.options import Options
+
+    if submodule is None:
+        raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
+    chosen = _head_numbers(heads)
+    options = Options(n_bits=n_bits, seed=seed)
+    if p_error is not None:
+        options = Options(n_bits=n_bits, seed=seed, p_error=p_error)
+    named = load_model(model, seed)
+    samples = load_calibration(calibration, named) if calibration is not None else None
+    if named.exported is not None:
+        return _exported_region(named.exported, submodule, tokens, chosen, samples, options)
+    import fhe_fx
+    from fhe_fx.api import encrypted_modules
+    from fhe_fx.capture import resolve_targets
+
+    assert named.module is not None
+    _one(resolve_targets(named.module, submodule), submodule)
+    encrypted = fhe_fx.encrypt_submodule(
+        named.module,
+        submodule,
+        n_bits=n_bits,
+        max_tokens=tokens,
+        heads=chosen,
+        calibration=samples,
+        options=options,
+    )
+    return encrypted_modules(encrypted)[0].region
+
+
+def _exported_region(
+    exported: Any,
+    submodule: str,
+    tokens: int | None,
+    heads: list[int] | None,
+    samples: list[Tensor] | None,
+    options: Any,
+) -> Region:
+    from fhe_fx.export.exported import exported_region, exported_targets, open_exported
+    from fhe_fx.ir import dialect as d
+    from fhe_fx.passes import default_pipeline
+
+    whole = open_exported(exported)
+    path = _one(exported_targets(whole, submodule), submodule)
+    shape = d.shape_of(whole.placeholders[0])
+    if tokens is not None and (len(shape) < 2 or shape[1] != tokens):
+        raise OptionsError(
+            f"--tokens {tokens}: the exported program takes an input of shape {list(shape)}, and "
+            f"shapes are fixed in a .pt2. Leave --tokens out, or export with {tokens} tokens."
+        )
+    return exported_region(whole, path, heads, samples, default_pipeline(), options)
+
+
+def _one(paths: list[str], submodule: str) -> str:
+    if len(paths) > 1:
+        raise TargetError(
+            f"--submodule {submodule!r} names {len(paths)} parts: {', '.join(paths[:8])}. "
+            f"Give one; each is an artefact of its own."
+        )
+    return paths[0]
+
+
+# Commands -------------------------------------------------------------------------------------
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory to write; an older artefact is replaced.")],
+    submodule: Submodule = None,
+    n_bits: NBits = 4,
+    tokens: Tokens = None,
+    heads: Heads = None,
+    calibration: Calibration = None,
+    p_error: PError = None,
+    seed: Seed = 0,
+    no_validate: Annotated[
+        bool, typer.Option("--no-validate", help="Do not reload and compare what was written.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Encrypt a part of a model and write its client's and server's files."""
+    from fhe_fx.export import FILES, check_destination, export_region
+    from fhe_fx.report import report_on
+
+    check_destination(out, FILES)
+    with _progress("loading and lowering the model") as show:
+        region = _region(model, submodule, n_bits, tokens, heads, calibration, p_error, seed)
+        _say(report_on([(region.program, None)]).regions[0].line())
+        show("compiling")
+        region.circuit()
+        cost = report_on([(region.program, region.facts)]).regions[0]
+        _say(cost.line())
+        manifest = export_region(region, out, not no_validate, origin=model, on_stage=show)
+    if as_json:
+        _print_json(_export_summary(manifest, out, cost.estimated_seconds))
+        return
+    sizes = [f"{name} {_size(file['bytes'])}" for name, file in manifest["files"].items()]
+    _print(f"{out}: {', '.join(sizes)}")
+    if manifest["validation"]:
+        _print(_validation_line(manifest["validation"]))
+
+
+def _export_summary(
+    manifest: dict[str, Any], out: Path, estimated_seconds: float | None
+) -> dict[str, Any]:
+    kept = ("module_path", "heads", "inputs", "results", "validation", "files", "versions")
+    return {
+        "out": str(out),
+        **{k: v for k, v in manifest["cost"].items() if k != "nodes"},
+        "estimated_seconds": estimated_seconds,
+        **{k: manifest[k] for k in kept},
+        "nodes": manifest["cost"]["nodes"],
+    }
+
+
+def _validation_line(v: dict[str, Any]) -> str:
+    return (
+        f"validated on {v['samples']} calibration samples: reloaded clear results equal; relative "
+        f"error {v['clear_error_to_float']:.3f} clear to float, "
+        f"{v['simulated_error_to_clear']:.3f} simulated to clear"
+    )
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.1f} kB"
+
+
+@app.command()
+def report(
+    model: Annotated[str, typer.Argument(help="A directory that export wrote, or a MODEL.")],
+    submodule: Submodule = None,
+    n_bits: NBits = 4,
+    tokens: Tokens = None,
+    heads: Heads = None,
+    calibration: Calibration = None,
+    p_error: PError = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a region costs, look-up by look-up."""
+    from fhe_fx.export import MANIFEST, read_manifest
+    from fhe_fx.report import Report, report_on
+
+    if (Path(model) / MANIFEST).is_file():
+        found = Report.from_costs([read_manifest(Path(model), check_versions=False)["cost"]])
+    elif submodule is None:
+        raise OptionsError(
+            f"{model} holds no {MANIFEST}, so it is read as a MODEL; then give --submodule too."
+        )
+    else:
+        with _progress("loading and lowering the model") as show:
+            region = _region(model, submodule, n_bits, tokens, heads, calibration, p_error, seed)
+            _say(report_on([(region.program, None)]).regions[0].line())
+            show("compiling")
+            region.circuit()
+        found = report_on([(region.program, region.facts)])
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        _print(str(found))
+
+
+@app.command()
+def run(
+    directory: Annotated[Path, typer.Argument(help="A directory that export wrote.")],
+    inputs: Annotated[
+        list[Path], typer.Option("--input", help="A .npy of real numbers; once for each input.")
+    ],
+    mode: Annotated[str, typer.Option(help="clear, simulate or execute.")] = "simulate",
+    output: Annotated[
+        list[Path] | None, typer.Option(help="Where to write results; once for each.")
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="File of secret keys, made if missing; without it they stay in memory."),
+    ] = None,
+) -> None:
+    """Run an exported circuit, without its model, on real inputs of its region.
+
+    The artefact holds machine code: run only what comes from where you trust.
+    """
+    from fhe_fx.errors import did_you_mean
+    from fhe_fx.export import load_artifact
+    from fhe_fx.report import Report
+
+    modes = ("clear", "simulate", "execute")
+    if mode not in modes:
+        raise OptionsError(
+            f"--mode {mode!r} is not one of {', '.join(modes)}.{did_you_mean(mode, list(modes))}"
+        )
+    if keys is not None and mode != "execute":
+        raise OptionsError(f"--keys is for --mode execute; --mode {mode} has no keys.")
+    with load_artifact(directory) as artifact, _progress(f"running, mode {mode}"):
+        n_results = len(artifact.codec.results)
+        if output and len(output) != n_results:
+            raise OptionsError(f"{len(output)} --output given; the circuit has {n_results}.")
+        for path in output or []:
+            if not path.parent.is_dir():
+                raise OptionsError(f"--output {path}: there is no directory {path.parent}.")
+        given = [_array(path) for path in inputs]
+        artifact.codec.check(given)
+        if mode == "execute":
+            _say(Report.from_costs([artifact.manifest["cost"]]).regions[0].line())
+            circuit = artifact.circuit()
+            _interruptibly(lambda: _prepare_keys(circuit, keys))
+            results = _interruptibly(lambda: artifact.execute(given))
+        else:
+            results = artifact.clear(given) if mode == "clear" else artifact.simulate(given)
+    _give(results, output)
+
+
+def _array(path: Path) -> Tensor:
+    import torch
+
+    from fhe_fx.errors import CalibrationError
+    from fhe_fx.export.models import load_array
+
+    if not path.is_file():
+        raise InputError(f"There is no input file {path}.")
+    try:
+        return torch.from_numpy(load_array(path)).float()
+    except CalibrationError as error:
+        raise InputError(str(error)) from error
+
+
+def _prepare_keys(circuit: Any, keys: Path | None) -> None:
+    if keys is None:
+        circuit.keygen()
+    elif keys.exists():
+        circuit.load_keys(keys)
+    else:
+        circuit.save_keys(keys)
+
+
+def _give(results: list[Tensor], output: list[Path] | None) -> None:
+    import numpy as np
+
+    for number, result in enumerate(results):
+        array = result.numpy()
+        if output:
+            with output[number].open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+            _say(f"{output[number]}: {array.dtype} {list(array.shape)}")
+        else:
+            _print(np.array2string(array, precision=4, suppress_small=True, threshold=200))
+
+
+@app.command()
+def passes(as_json: AsJson = False) -> None:
+    """List the default pipeline in order, with the law of each pass."""
+    from fhe_fx.passes import default_pipeline
+
+    rows = [
+        {
+            "name": p.name,
+            "law": p.law(),
+            "requires": sorted(p.requires),
+            "gives": sorted(p.gives),
+            "breaks": sorted(p.breaks),
+        }
+        for p in default_pipeline()
+    ]
+    if as_json:
+        _print_json({"passes": rows})
+        return
+    for number, row in enumerate(rows, 1):
+        _print(f"{number:2}  {row['name']}\n    {row['law']}")
+        for key in ("requires", "gives", "breaks"):
+            if row[key]:
+                _print(f"    {key} {', '.join(row[key])}")
+
+
+@app.command()
+def doctor(
+    no_measure: Annotated[
+        bool, typer.Option("--no-measure", help="Do not run look-ups to measure their rate.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is installed, what this machine is, and how fast it runs look-ups."""
+    from fhe_fx.report.machine import machine_facts, store_rate
+
+    facts = machine_facts()
+    if not no_measure:
+        with _progress("running 128 look-ups of 6 bits, encrypted"):
+            from fhe_fx.backends.concrete.benchmark import measure_look_ups
+
+            found = measure_look_ups()
+        facts |= {
+            "rate": found.rate,
+            "rate_is_measured": True,
+            "measured_look_ups": found.look_ups,
+            "measured_bits": found.bits,
+            "measured_seconds": found.seconds,
+            "keygen_seconds": found.keygen_seconds,
+            "rate_file": str(store_rate(found.rate)),
+        }
+    if as_json:
+        _print_json(facts)
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in facts.items():
+        shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+        table.add_row(Text(key.replace("_", " ")), Text(shown))
+    Console(highlight=False).print(table)

@@ -1,0 +1,149 @@
+"""Reading an artefact: checked whole before anything in it is parsed, then run without the model.
+
+`server.zip` holds machine code that runs in this process. The sums in the manifest find accidents,
+not malice: load only what comes from where you trust.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fhe_fx.backends.reference import ReferenceBackend
+from fhe_fx.errors import ArtifactError
+from fhe_fx.export.archive import unpack
+from fhe_fx.export.codec import CODEC_ENTRIES, Codec
+from fhe_fx.export.graph import GRAPH_ENTRIES, graph_from_entries
+from fhe_fx.export.manifest import MANIFEST, checked_file, read_manifest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from fhe_fx.backends.concrete.artifact import SavedCircuit
+
+__all__ = ["CLIENT", "FILES", "GRAPH", "SERVER", "Artifact", "load_artifact", "simulated"]
+
+CLIENT, SERVER, GRAPH = "client.zip", "server.zip", "graph.txt"
+FILES = (CLIENT, SERVER, GRAPH)
+"""The files of an artefact beside its manifest."""
+
+SPECS = "client.specs.json"
+_SERVER_FILES = (
+    "sharedlib.so",
+    "program_info.concrete.params.json",
+    "compilation_feedback.json",
+    "is_simulated",
+    "composition_rules.json",
+    SPECS,
+)
+CLIENT_ENTRIES = (SPECS, *CODEC_ENTRIES)
+
+
+def simulated(name: str) -> str:
+    """Return the name in server.zip of a file of the server that simulates."""
+    return f"simulation.{name}"
+
+
+SERVER_ENTRIES = (*_SERVER_FILES, *map(simulated, _SERVER_FILES), *GRAPH_ENTRIES)
+
+
+class Artifact:
+    """A circuit that was exported: it runs on real inputs of its region, without the model.
+
+    Use it in a `with` statement, or `close` it: the server's files are unpacked to a private
+    temporary directory.
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], files: dict[str, bytes]) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        client = unpack(CLIENT, files[CLIENT], CLIENT_ENTRIES)
+        self._server = unpack(SERVER, files[SERVER], SERVER_ENTRIES)
+        self._specs = client[SPECS]
+        self.codec = Codec.from_entries(client)
+        self._unpacked: tempfile.TemporaryDirectory[str] | None = None
+        self._loaded: SavedCircuit | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the unpacked files."""
+        if self._unpacked is not None:
+            self._unpacked.cleanup()
+        self._unpacked = self._loaded = None
+
+    def circuit(self) -> SavedCircuit:
+        """Return the circuit, with Concrete loaded."""
+        if self._loaded is None:
+            from fhe_fx.backends.concrete.artifact import SavedCircuit
+
+            self._unpacked = tempfile.TemporaryDirectory(prefix="fhe_fx-")
+            folders = [Path(self._unpacked.name) / name for name in ("execution", "simulation")]
+            for folder in folders:
+                folder.mkdir()
+            for name in _SERVER_FILES:
+                (folders[0] / name).write_bytes(self._server[name])
+                (folders[1] / name).write_bytes(self._server[simulated(name)])
+            self._loaded = SavedCircuit(self._specs, *folders)
+        return self._loaded
+
+    def clear(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run the integer program in the clear: what the circuit means; needs no Concrete.
+
+        Raises:
+            InputError: if the inputs do not fit.
+        """
+        with torch.no_grad():
+            circuit = ReferenceBackend().compile(graph_from_entries(self._server))
+            return self.codec.decode(circuit.clear(self.codec.encode(inputs)))
+
+    def simulate(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run on integers in the clear, with the noise that encryption would add.
+
+        Raises:
+            InputError: if the inputs do not fit.
+        """
+        return self.codec.decode(self.circuit().simulate(self.codec.encode(inputs)))
+
+    def execute(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Encrypt, run and decrypt; keys are made at the first call unless some were loaded.
+
+        Raises:
+            InputError: if the inputs do not fit.
+        """
+        return self.codec.decode(self.circuit().execute(self.codec.encode(inputs)))
+
+
+def load_artifact(directory: str | Path) -> Artifact:
+    """Read a directory that `export_region` wrote.
+
+    Args:
+        directory: holds manifest.json and the files that it names.
+
+    Raises:
+        ArtifactError: if a file is missing, truncated or altered, or if the artefact is of another
+            schema or version; says which, and both versions.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if not isinstance(manifest.get("files"), dict) or set(manifest["files"]) != set(FILES):
+        raise ArtifactError(
+            f"{directory / MANIFEST} was altered: it does not list {', '.join(FILES)}."
+        )
+    files = {name: checked_file(directory, name, manifest) for name in FILES}
+    return Artifact(directory, manifest, files)

@@ -1,0 +1,80 @@
+"""A directory that appears whole or not at all, and replaces nothing but an artefact."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from fhe_fx.errors import ArtifactError
+from fhe_fx.export.manifest import MANIFEST, read_manifest
+
+__all__ = ["check_destination", "new_directory"]
+
+
+def check_destination(directory: str | Path, files: Collection[str]) -> None:
+    """Check that an artefact may be written to `directory`.
+
+    Args:
+        directory: where; its parent exists.
+        files: names of the files of an artefact beside its manifest.
+
+    Raises:
+        ArtifactError: if it is a file, or holds anything but an artefact of ours.
+    """
+    directory = Path(directory)
+    if not directory.parent.is_dir():
+        raise ArtifactError(f"There is no directory {directory.parent} to write to.")
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ArtifactError(f"{directory} is a file; give the name of a directory.")
+    held = sorted(p.name for p in directory.iterdir())
+    if not held:
+        return
+    if extra := [name for name in held if name not in {*files, MANIFEST}]:
+        raise ArtifactError(
+            f"{directory} holds {extra[0]!r}, which no export wrote, so it is not replaced. "
+            f"Give another directory."
+        )
+    try:
+        read_manifest(directory, check_versions=False)
+    except ArtifactError as error:
+        raise ArtifactError(f"{directory} is not replaced: {error}") from error
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | Path, files: Collection[str]) -> Iterator[Path]:
+    """Give a directory to write to, which becomes `directory` if nothing fails.
+
+    Args:
+        directory: as `check_destination` accepts.
+        files: names of the files of an artefact beside its manifest.
+    """
+    final = Path(directory).resolve()
+    check_destination(final, files)
+    token = secrets.token_hex(4)
+    partial = final.with_name(f".{final.name}.partial-{token}")
+    partial.mkdir()
+    try:
+        yield partial
+        check_destination(final, files)
+        _put(partial, final, final.with_name(f".{final.name}.old-{token}"))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put(partial: Path, final: Path, old: Path) -> None:
+    if not final.exists() or not any(final.iterdir()):
+        os.replace(partial, final)  # an empty directory is replaced
+        return
+    os.rename(final, old)
+    try:
+        os.rename(partial, final)
+    except BaseException:
+        os.rename(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,152 @@
+"""The manifest of an artefact: what it is, what made it, and the sha256 of every file in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from fhe_fx.errors import ArtifactError
+from fhe_fx.report.machine import installed_version
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "SCHEMA",
+    "checked_file",
+    "file_entry",
+    "machine",
+    "read_manifest",
+    "versions",
+    "write_manifest",
+]
+
+MANIFEST = "manifest.json"
+FORMAT = "fhe_fx artifact"
+SCHEMA = 1
+_MAX_MANIFEST = 64 << 20
+_PACKAGES = ("fhe_fx", "torch", "concrete-python", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what makes and runs a circuit here."""
+    return {"python": platform.python_version(), **{p: installed_version(p) for p in _PACKAGES}}
+
+
+def machine() -> dict[str, str]:
+    """Return what machine code made here runs on."""
+    return {"system": platform.system(), "architecture": platform.machine()}
+
+
+def file_entry(content: bytes) -> dict[str, Any]:
+    """Return size and sha256 of a file."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest, with a sha256 of its own content."""
+    content = {**manifest, "sha256": _digest(manifest)}
+    (directory / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    rest = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(directory: Path, *, check_versions: bool = True) -> dict[str, Any]:
+    """Read the manifest of an artefact and check that this installation can use it.
+
+    Args:
+        directory: the artefact.
+        check_versions: whether it is to be run, not only read.
+
+    Raises:
+        ArtifactError: if there is none, or it is truncated, altered, or of another version.
+    """
+    manifest = _parse(directory)
+    if manifest["schema"] != SCHEMA:
+        raise ArtifactError(
+            f"{directory} has schema version {manifest['schema']}; this fhe_fx reads version "
+            f"{SCHEMA}. Export the region again, or install the fhe_fx that wrote it "
+            f"({_version_of(manifest, 'fhe_fx')})."
+        )
+    if check_versions:
+        _check_versions(directory, manifest)
+    if manifest.get("sha256") != _digest(manifest):
+        raise ArtifactError(
+            f"{directory / MANIFEST} was altered: its sha256 is not the one that it states. "
+            f"Export the region again."
+        )
+    return manifest
+
+
+def _parse(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise ArtifactError(f"There is no directory {directory}.")
+    if not path.is_file():
+        raise ArtifactError(
+            f"{directory} has no {MANIFEST}; it is not an artefact. "
+            f"Make one with: fhe-fx export MODEL --submodule ... --out {directory}"
+        )
+    if path.stat().st_size > _MAX_MANIFEST:
+        raise ArtifactError(f"{path} has {path.stat().st_size:,} bytes; it is not a manifest.")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} is truncated or altered: it is not JSON ({error}). Export the region again."
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is not the manifest of an fhe_fx artefact.")
+    if not isinstance(manifest.get("schema"), int):
+        raise ArtifactError(f"{path} was altered: it states no schema version.")
+    return manifest
+
+
+def _version_of(manifest: dict[str, Any], package: str) -> str:
+    stated = manifest.get("versions")
+    return str(stated.get(package, "unknown")) if isinstance(stated, dict) else "unknown"
+
+
+def _check_versions(directory: Path, manifest: dict[str, Any]) -> None:
+    """Refuse an artefact whose machine code or meaning may differ here."""
+    for package in ("fhe_fx", "concrete-python", "torch"):
+        theirs, ours = _version_of(manifest, package), versions()[package]
+        if theirs.split(".")[0] != ours.split(".")[0]:
+            raise ArtifactError(
+                f"{directory} was made with {package} {theirs}; here is {package} {ours}. "
+                f"Export the region again, or install {package} {theirs}."
+            )
+    if (theirs_on := manifest.get("machine")) != machine():
+        raise ArtifactError(
+            f"{directory} holds machine code for {theirs_on}; this machine is {machine()}. "
+            f"Export the region here."
+        )
+
+
+def checked_file(directory: Path, name: str, manifest: dict[str, Any]) -> bytes:
+    """Read a file of an artefact whole, after checking its size, and check its sha256.
+
+    Raises:
+        ArtifactError: if it is missing, truncated or altered.
+    """
+    path, stated = directory / name, manifest["files"][name]
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing. Export the region again.")
+    size = path.stat().st_size
+    if size != stated["bytes"]:
+        word = "truncated" if size < stated["bytes"] else "altered"
+        raise ArtifactError(
+            f"{path} is {word}: it has {size:,} bytes, {stated['bytes']:,} were written. "
+            f"Export the region again."
+        )
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != stated["sha256"]:
+        raise ArtifactError(
+            f"{path} was altered: its sha256 is not the one in {MANIFEST}. Export the region again."
+        )
+    return content

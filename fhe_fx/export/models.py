@@ -1,0 +1,238 @@
+"""Finding the model that a command line names: a directory, a hub name, `random:...`, a `.pt2`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fhe_fx.errors import CalibrationError, FheFxError, OptionsError, did_you_mean
+
+__all__ = ["ModelError", "NamedModel", "load_calibration", "load_model"]
+
+_WAYS = (
+    "MODEL is a Hugging Face directory, a hub name (gpt2, owner/name), random:gpt2 "
+    "(random:TYPE for any model type of transformers), or a .pt2 file of torch.export.save."
+)
+
+
+class ModelError(FheFxError, LookupError):
+    """The model that a command names does not exist, or cannot be loaded."""
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """What a name stands for: a module, or an exported program."""
+
+    module: nn.Module | None = None
+    exported: torch.export.ExportedProgram | None = None
+    tokenizer_from: str | None = None
+    """Where its tokenizer may be found."""
+
+
+def load_model(name: str, seed: int = 0) -> NamedModel:
+    """Load what `name` stands for.
+
+    Args:
+        name: see the first line of this file.
+        seed: of the weights of `random:` models.
+
+    Raises:
+        ModelError: if there is no such model; says what was tried.
+    """
+    if name.startswith("random:"):
+        return NamedModel(module=_random_model(name.removeprefix("random:"), seed))
+    if name.endswith(".pt2"):
+        return NamedModel(exported=_exported(Path(name)))
+    _quiet_transformers()
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ModelError(f"The directory {name} has no config.json; it holds no model. {_WAYS}")
+        return NamedModel(module=_pretrained(name, is_local=True), tokenizer_from=name)
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        what = "is a file, not a model" if Path(name).exists() else "does not exist"
+        raise ModelError(f"{name} {what}. {_WAYS}")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ModelError(f"{name!r} is no directory, and no hub name either. {_WAYS}")
+    return NamedModel(module=_pretrained(name, is_local=False), tokenizer_from=name)
+
+
+def _quiet_transformers() -> None:
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bars()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def _exported(path: Path) -> torch.export.ExportedProgram:
+    if not path.is_file():
+        raise ModelError(f"There is no file {path}. {_WAYS}")
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # torch gives many kinds; the user needs one sentence
+        raise ModelError(
+            f"{path} is not an exported program that torch {torch.__version__} can read: "
+            f"{_first_line(error)}. Write one with torch.export.save."
+        ) from error
+
+
+def _pretrained(name: str, *, is_local: bool) -> nn.Module:
+    """Load a model with its language head if it has one."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        has_head = type(config) in AutoModelForCausalLM._model_mapping
+        auto = AutoModelForCausalLM if has_head else AutoModel
+        model: nn.Module = auto.from_pretrained(name, dtype=torch.float32)
+    except Exception as error:  # transformers and the hub give many kinds
+        where = "the directory" if is_local else "the Hugging Face hub"
+        tried = "" if is_local else f"There is no directory {name!r} either. "
+        raise ModelError(
+            f"{name!r} cannot be loaded from {where}: {_first_line(error)} {tried}{_WAYS}"
+        ) from error
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    first = lines[0].strip() if lines else type(error).__name__
+    return first if len(first) <= 300 else first[:297] + "..."
+
+
+# Random weights -------------------------------------------------------------------------------
+
+
+def _random_model(text: str, seed: int) -> nn.Module:
+    """Build `gpt2`, or `gpt2,n_layer=2,...`: a model type and fields of its configuration."""
+    _quiet_transformers()
+    from transformers import AutoModelForCausalLM
+
+    config = _config(text)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(f"random:{text}: transformers has no causal language model of this type.")
+    try:
+        with torch.device("meta"):
+            count = sum(p.numel() for p in _built(config).parameters())
+    except Exception as error:  # each model type checks its configuration in its own way
+        raise ModelError(f"random:{text} cannot be built: {_first_line(error)}") from error
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # The model, the copy that is encrypted, and the copy that is traced.
+    if 3 * 4 * count > have:
+        raise ModelError(
+            f"random:{text} has {count / 1e9:.1f}e9 parameters and needs about "
+            f"{12 * count / 1e9:.0f} GB; this machine has {have / 1e9:.0f} GB. Make it smaller, as "
+            f"in random:{text.split(',')[0]},num_hidden_layers=2."
+        )
+    torch.manual_seed(seed)
+    return _built(config).eval()
+
+
+def _built(config: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    build: Any = AutoModelForCausalLM.from_config
+    model: nn.Module = build(config, dtype=torch.float32)
+    return model
+
+
+def _config(text: str) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
+        CONFIG_MAPPING_NAMES,
+    )
+
+    kind, *fields = text.split(",")
+    if kind not in CONFIG_MAPPING_NAMES:
+        near = did_you_mean(kind, list(CONFIG_MAPPING_NAMES))
+        raise ModelError(f"transformers has no model type {kind!r}.{near}")
+    config = AutoConfig.for_model(kind)
+    given: dict[str, Any] = {}
+    for field in fields:
+        key, _, value = field.partition("=")
+        if not hasattr(config, key):
+            near = did_you_mean(key, list(config.to_dict()))
+            raise ModelError(f"random:{text}: {kind} has no setting {key!r}.{near}")
+        try:
+            given[key] = json.loads(value)
+        except ValueError:
+            given[key] = value
+    return AutoConfig.for_model(kind, **given)
+
+
+# Calibration ----------------------------------------------------------------------------------
+
+
+def load_calibration(path: Path, model: NamedModel) -> list[Any]:
+    """Read calibration inputs: sentences, one a line, or an array `[n, *shape of an input]`.
+
+    Args:
+        path: `.npy`, else text, for which the model has a tokenizer.
+        model: says how to read text.
+
+    Raises:
+        CalibrationError: if the file cannot be read, or is empty.
+        OptionsError: if it is text and there is no tokenizer.
+    """
+    if not path.is_file():
+        raise CalibrationError(f"There is no calibration file {path}.")
+    if path.suffix == ".npy":
+        rows = torch.from_numpy(load_array(path))
+        if rows.dim() < 2:
+            raise CalibrationError(f"{path} has shape {list(rows.shape)}; give [n, *input shape].")
+        if model.exported is not None:
+            return list(rows)
+        is_tokens = not rows.is_floating_point()
+        return [{"input_ids": r.long()[None]} if is_tokens else r[None] for r in rows]
+    if model.tokenizer_from is None:
+        raise OptionsError(
+            f"{path} is read as text, and this model has no tokenizer. Give a .npy file of inputs, "
+            f"[n, *input shape], or leave --calibration out."
+        )
+    return _tokenized(path, model.tokenizer_from)
+
+
+def load_array(path: Path) -> Any:
+    """Read a `.npy` file of numbers.
+
+    Raises:
+        CalibrationError: if it is not one.
+    """
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CalibrationError(f"{path} cannot be read as a .npy array: {error}.") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise CalibrationError(f"{path} does not hold one array of numbers.")
+    return array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+
+
+def _tokenized(path: Path, name: str) -> list[Any]:
+    from transformers import AutoTokenizer
+
+    try:
+        sentences = [s for s in path.read_text(encoding="utf-8").splitlines() if s.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} is not a text file: {error}.") from error
+    if not sentences:
+        raise CalibrationError(f"{path} holds no sentence. Give one a line.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers and the hub give many kinds
+        raise CalibrationError(
+            f"{name} has no tokenizer to read {path} with: {_first_line(error)}"
+        ) from error
+    rows = [tokenizer(s, return_tensors="pt")["input_ids"] for s in sentences]
+    return [{"input_ids": r} for r in rows if r.shape[1] > 0]

@@ -1,0 +1,89 @@
+"""The range that a class of elements was seen to take, from as many samples as the graph allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.ops import LINEAR, SHIFT
+
+if TYPE_CHECKING:
+    from fhe_fx.ir.program import Program
+
+__all__ = ["class_ends"]
+
+
+def class_ends(
+    program: Program, node: fx.Node, class_of: Callable[[fx.Node], Tensor], n_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Return least and greatest value observed in each class of `node` (inf, -inf elsewhere).
+
+    Rows that a look-up does not read are samples of the same channels. So values are read before
+    they were moved or dropped, and a product with clear weights is evaluated on all rows of its
+    input: the first row of a prompt alone would show the first words of sentences alone.
+
+    Args:
+        program: with observed values.
+        node: the value that is looked up or returned.
+        class_of: class number of every element of a node.
+        n_classes: how many classes there are.
+    """
+    low = torch.full((n_classes,), torch.inf, dtype=torch.float64)
+    high = torch.full((n_classes,), -torch.inf, dtype=torch.float64)
+
+    def include(classes: Tensor, values: Tensor) -> None:
+        low.scatter_reduce_(0, classes.reshape(-1), values.amin(0).reshape(-1).double(), "amin")
+        high.scatter_reduce_(0, classes.reshape(-1), values.amax(0).reshape(-1).double(), "amax")
+
+    wide = _before_moves(node)
+    include(class_of(wide), program.observed[wide.name])
+    rows = _all_rows(program, wide)
+    if rows is not None:
+        made_by, values = rows
+        include(class_of(made_by).reshape(-1, values.shape[-1])[0], values)
+    absent = torch.ones(n_classes, dtype=torch.bool)
+    absent[class_of(node).reshape(-1)] = False
+    return low.masked_fill(absent, torch.inf), high.masked_fill(absent, -torch.inf)
+
+
+def _before_moves(node: fx.Node) -> fx.Node:
+    """Return the node whose elements `node` only moves, repeats or drops."""
+    while d.is_call(node, *d.STRUCTURAL) and not d.is_call(node, d.CAT):
+        node = d.input_node(node)
+    return node
+
+
+def _all_rows(program: Program, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
+    """Return the clear-weight product behind `node`, and its values on all rows there are."""
+    offset = torch.zeros(())
+    made_by = _before_moves(node)
+    if d.is_call(made_by, SHIFT):
+        offset = d.constant(d.input_node(made_by, 1))
+        made_by = d.input_node(made_by)
+    if not d.is_call(made_by, LINEAR) or offset.numel() not in {1, offset.shape[-1:].numel()}:
+        return None
+    weight = d.constant(d.input_node(made_by, 1))
+    source = _before_moves(d.input_node(made_by))
+    if weight.dim() != 2 or not _keeps_channels(d.input_node(made_by), source):
+        return None
+    observed = program.observed[source.name].reshape(-1, weight.shape[0])
+    return made_by, observed @ weight + offset.reshape(-1)
+
+
+def _keeps_channels(node: fx.Node, source: fx.Node) -> bool:
+    """Say whether the moves from `source` to `node` leave the last dimension as it is."""
+    width = d.shape_of(source)[-1] if d.shape_of(source) else 0
+    if not width or d.shape_of(node)[-1:] != (width,):
+        return False
+    moves = []
+    while node is not source:
+        moves.append(node)
+        node = d.input_node(node)
+    numbers = torch.arange(width).expand(d.shape_of(source))
+    for move in reversed(moves):
+        numbers = d.evaluate(move, numbers)
+    return torch.equal(numbers, torch.arange(width).expand(numbers.shape))

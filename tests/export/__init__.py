@@ -1,0 +1,1 @@
+"""Artefacts: what is written, and what is refused when it is read."""

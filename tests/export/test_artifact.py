@@ -1,0 +1,274 @@
+"""Artefacts are written whole, run without the model, and refused when anything is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import torch as safetensors
+
+import fhe_fx
+from fhe_fx.errors import ArtifactError, InputError
+from fhe_fx.export import export_region, load_artifact, read_manifest
+from fhe_fx.export import region as region_module
+from fhe_fx.export.archive import pack, unpack
+from fhe_fx.export.artifact import CLIENT_ENTRIES, SERVER_ENTRIES
+from fhe_fx.export.manifest import file_entry, write_manifest
+from fhe_fx.runtime.region import Region
+from tests.export.conftest import make_region
+
+
+def refused(directory: Path) -> str:
+    with pytest.raises(ArtifactError) as caught:
+        load_artifact(directory)
+    return str(caught.value).replace(str(directory), "DIR")
+
+
+def edit(directory: Path, **changes: Any) -> None:
+    """Change a manifest as another fhe_fx would have written it."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    del manifest["sha256"]
+    write_manifest(directory, {**manifest, **changes})
+
+
+# What is written ------------------------------------------------------------------------------
+
+
+def test_manifest_states_cost_shapes_and_validation(written: Path, region: Region) -> None:
+    manifest = read_manifest(written)
+    assert manifest["module_path"] == "body"
+    assert manifest["heads"] is None
+    assert manifest["options"]["n_bits"] == 4
+    assert [i["shape"] for i in manifest["inputs"]] == [[1, 6]]
+    assert [r["shape"] for r in manifest["results"]] == [[1, 3]]
+    assert region.facts is not None
+    assert manifest["cost"]["look_ups"] == region.facts.look_ups
+    assert manifest["cost"]["key_bytes"] == region.facts.key_bytes
+    assert manifest["versions"]["fhe_fx"] == fhe_fx.__version__
+    assert manifest["validation"]["is_clear_equal"]
+    assert manifest["validation"]["simulated_error_to_clear"] < 0.5
+    assert sorted(p.name for p in written.iterdir()) == [
+        "client.zip", "graph.txt", "manifest.json", "server.zip"
+    ]  # fmt: skip
+    assert (written / "graph.txt").read_text() == f"{region.program}\n"
+
+
+def test_same_region_gives_same_client_file(region: Region, written: Path, tmp_path: Path) -> None:
+    export_region(region, tmp_path / "again", validate=False)
+    assert (tmp_path / "again" / "client.zip").read_bytes() == (written / "client.zip").read_bytes()
+
+
+def test_client_file_holds_no_weights(written: Path) -> None:
+    client = unpack("client.zip", (written / "client.zip").read_bytes(), CLIENT_ENTRIES)
+    tensors = safetensors.load(client["codec.safetensors"])
+    assert all(name.endswith((".scale", ".offset")) for name in tensors)
+    assert sum(t.numel() for t in tensors.values()) <= 2 * (2 * 6 + 3)
+    server = unpack("server.zip", (written / "server.zip").read_bytes(), SERVER_ENTRIES)
+    weights = safetensors.load(server["program.safetensors"])
+    large = [w for w in weights.values() if w.numel() >= 8]
+    assert len(large) >= 3  # two layers and a table
+    for weight in large:
+        for row in weight.double().reshape(-1, weight.shape[-1]):
+            assert row.numpy().tobytes() not in client["codec.safetensors"]
+
+
+def test_artifact_runs_as_the_region(written: Path, region: Region) -> None:
+    sample = region.captured.samples[3]
+    with load_artifact(written) as artifact:
+        clear = artifact.clear(sample)
+        noisy = artifact.simulate(sample)
+    assert torch.equal(clear[0], region.run_circuit(sample, "clear")[0])
+    assert noisy[0].shape == clear[0].shape
+    assert float((noisy[0] - clear[0]).norm() / clear[0].norm()) < 0.5
+
+
+def test_inputs_that_do_not_fit_are_refused(written: Path) -> None:
+    with load_artifact(written) as artifact:
+        with pytest.raises(InputError, match=re.escape("shape [6]; the circuit takes [1, 6].")):
+            artifact.clear([torch.zeros(6)])
+        with pytest.raises(InputError, match=r"^Input 0 holds nan or inf\.$"):
+            artifact.clear([torch.full((1, 6), torch.nan)])
+        with pytest.raises(InputError, match=r"^2 inputs were given; the circuit takes 1\.$"):
+            artifact.clear([torch.zeros(1, 6)] * 2)
+
+
+@pytest.mark.fhe
+def test_encrypted_execution_with_keys_in_a_file(
+    written: Path, region: Region, tmp_path: Path
+) -> None:
+    keys, sample = tmp_path / "keys", region.captured.samples[0]
+    with load_artifact(written) as artifact:
+        artifact.circuit().save_keys(keys)
+        first = artifact.execute(sample)[0]
+        with pytest.raises(ArtifactError, match="exists; keys are never overwritten"):
+            artifact.circuit().save_keys(keys)
+    assert keys.stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in tmp_path.iterdir()] == ["keys"]
+    with load_artifact(written) as artifact:
+        artifact.circuit().load_keys(keys)
+        second = artifact.execute(sample)[0]
+        clear = artifact.clear(sample)[0]
+        for result in (first, second):
+            assert float((result - clear).norm() / clear.norm()) < 0.5
+        keys.chmod(0o640)
+        with pytest.raises(ArtifactError, match=r"others can read it \(mode 0640\)"):
+            artifact.circuit().load_keys(keys)
+        keys.chmod(0o600)
+        whole = keys.read_bytes()
+        keys.write_bytes(whole[:-1])
+        with pytest.raises(ArtifactError, match="is truncated or altered"):
+            artifact.circuit().load_keys(keys)
+        head, rest = whole.split(b'"circuit": "', 1)
+        keys.write_bytes(head + b'"circuit": "' + b"0" * 64 + rest[64:])
+        with pytest.raises(ArtifactError, match="holds keys of another circuit"):
+            artifact.circuit().load_keys(keys)
+
+
+# What is refused ------------------------------------------------------------------------------
+
+
+def test_missing_directory_and_manifest(tmp_path: Path) -> None:
+    assert refused(tmp_path / "none") == "There is no directory DIR."
+    assert refused(tmp_path).startswith("DIR has no manifest.json; it is not an artefact.")
+
+
+@pytest.mark.parametrize("name", ["client.zip", "server.zip", "graph.txt"])
+def test_damaged_files(copy: Path, name: str) -> None:
+    path = copy / name
+    content = path.read_bytes()
+    again = "Export the region again."
+    path.write_bytes(content[:-7])
+    assert refused(copy) == (
+        f"DIR/{name} is truncated: it has {len(content) - 7:,} bytes, {len(content):,} were "
+        f"written. {again}"
+    )
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert refused(copy) == (
+        f"DIR/{name} was altered: its sha256 is not the one in manifest.json. {again}"
+    )
+    path.unlink()
+    assert refused(copy) == f"DIR/{name} is missing. {again}"
+
+
+def test_damaged_manifest(copy: Path) -> None:
+    path = copy / "manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace('"module_path": "body"', '"module_path": "soul"'))
+    assert refused(copy) == (
+        "DIR/manifest.json was altered: its sha256 is not the one that it states. "
+        "Export the region again."
+    )
+    path.write_text(text[: len(text) // 2])
+    assert refused(copy).startswith("DIR/manifest.json is truncated or altered: it is not JSON (")
+    path.write_text("[]")
+    assert refused(copy) == "DIR/manifest.json is not the manifest of an fhe_fx artefact."
+    edit_files = json.loads(text)["files"]
+    path.write_text(text)
+    edit(copy, files={"../../etc/passwd": edit_files["graph.txt"]})
+    assert refused(copy) == (
+        "DIR/manifest.json was altered: it does not list client.zip, server.zip, graph.txt."
+    )
+
+
+def test_other_schema(copy: Path) -> None:
+    edit(copy, schema=2)
+    assert refused(copy) == (
+        f"DIR has schema version 2; this fhe_fx reads version 1. Export the region again, or "
+        f"install the fhe_fx that wrote it ({fhe_fx.__version__})."
+    )
+
+
+def test_other_versions(copy: Path) -> None:
+    versions = read_manifest(copy)["versions"]
+    edit(copy, versions={**versions, "concrete-python": "3.1.0"})
+    assert refused(copy) == (
+        f"DIR was made with concrete-python 3.1.0; here is concrete-python "
+        f"{versions['concrete-python']}. Export the region again, or install concrete-python 3.1.0."
+    )
+    edit(copy, versions=versions, machine={"system": "Plan9", "architecture": "mips"})
+    assert refused(copy).startswith("DIR holds machine code for {'system': 'Plan9'")
+
+
+def test_archive_with_other_entries(copy: Path) -> None:
+    """Sums that fit do not help an archive that holds more, or less, than it should."""
+    manifest = read_manifest(copy)
+    server = unpack("server.zip", (copy / "server.zip").read_bytes(), SERVER_ENTRIES)
+
+    def put(content: bytes) -> None:
+        (copy / "server.zip").write_bytes(content)
+        edit(copy, files={**manifest["files"], "server.zip": file_entry(content)})
+
+    put(pack({**server, "../evil": b""}))
+    assert "unexpected: '../evil'" in refused(copy)
+    put(pack({k: v for k, v in server.items() if k != "sharedlib.so"}))
+    assert "missing: 'sharedlib.so'" in refused(copy)
+    put(b"no zip file")
+    assert refused(copy) == "server.zip is not a zip file that can be read: File is not a zip file."
+
+
+def test_archive_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fhe_fx.export.archive.MAX_BYTES", 10)
+    with pytest.raises(ArtifactError, match=r"^a\.zip unpacks to 11 bytes; at most 10 are read\.$"):
+        unpack("a.zip", pack({"x": b"0" * 11}), ["x"])
+
+
+def test_archive_holds_plain_names(written: Path) -> None:
+    for name in ("client.zip", "server.zip"):
+        with zipfile.ZipFile(written / name) as archive:
+            assert not [n for n in archive.namelist() if "/" in n or n.startswith(".")]
+
+
+# Where it is written --------------------------------------------------------------------------
+
+
+def test_only_an_artefact_is_replaced(region: Region, copy: Path) -> None:
+    (copy / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"holds 'notes\.txt', which no export wrote"):
+        export_region(region, copy, validate=False)
+    (copy / "notes.txt").unlink()
+    export_region(region, copy, validate=False)
+    assert read_manifest(copy)["validation"] is None
+    (copy / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match=r"is not replaced: .* has no manifest"):
+        export_region(region, copy, validate=False)
+    with pytest.raises(ArtifactError, match="There is no directory"):
+        export_region(region, copy / "a" / "b")
+    with pytest.raises(ArtifactError, match="is a file; give the name of a directory"):
+        export_region(region, copy / "graph.txt")
+
+
+def test_nothing_is_left_after_an_error(
+    region: Region, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+    monkeypatch.setattr(region_module, "_validate", fail)
+    for directory in (copy.parent / "new", copy):
+        with pytest.raises(KeyboardInterrupt):
+            export_region(region, directory)
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
+
+
+def test_validation_compares_with_the_region(region: Region, written: Path) -> None:
+    other = make_region(n_bits=3)
+    with (
+        load_artifact(written) as artifact,
+        pytest.raises(ArtifactError, match="does not compute what was compiled"),
+    ):
+        region_module.validate(other, artifact)
+
+
+def test_empty_directory_is_used(region: Region, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    export_region(region, tmp_path / "empty", validate=False)
+    assert os.listdir(tmp_path) == ["empty"]
+    assert load_artifact(tmp_path / "empty").manifest["name"] == "body"

@@ -1,0 +1,130 @@
+"""Names of models, and calibration files: what each stands for, and what is said if nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fhe_fx.errors import CalibrationError, OptionsError
+from fhe_fx.export.models import ModelError, NamedModel, load_calibration, load_model
+
+SHIPPED = Path(__file__).parents[2] / "examples" / "gpt2" / "model"
+
+
+def refused(name: str) -> str:
+    with pytest.raises(ModelError) as caught:
+        load_model(name)
+    return str(caught.value).split(" MODEL is ")[0]
+
+
+def test_random_models_are_seeded() -> None:
+    name = "random:gpt2,n_layer=1,n_embd=8,n_head=2,vocab_size=11"
+    first, second, other = (load_model(name, seed).module for seed in (3, 3, 4))
+    assert first is not None
+    assert second is not None
+    assert other is not None
+    assert type(first).__name__ == "GPT2LMHeadModel"
+    assert not first.training
+    weights = [m.state_dict()["transformer.wte.weight"] for m in (first, second, other)]
+    assert weights[0].shape == (11, 8)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_shipped_model_is_loaded_with_its_head() -> None:
+    named = load_model(str(SHIPPED))
+    assert type(named.module).__name__ == "GPT2LMHeadModel"
+    assert named.tokenizer_from == str(SHIPPED)
+
+
+def test_names_that_mean_nothing(tmp_path: Path) -> None:
+    assert refused("random:gpt3").startswith("transformers has no model type 'gpt3'. Did you mean")
+    assert refused("random:gpt2,n_lyer=1").startswith(
+        "random:gpt2,n_lyer=1: gpt2 has no setting 'n_lyer'. Did you mean 'n_layer'"
+    )
+    assert refused("random:gpt2,n_head=7").startswith("random:gpt2,n_head=7 cannot be built: ")
+    assert refused("random:vit") == (
+        "random:vit: transformers has no causal language model of this type."
+    )
+    assert refused("./nothing") == "./nothing does not exist."
+    assert refused("no such model") == "'no such model' is no directory, and no hub name either."
+    assert refused(str(tmp_path)) == (
+        f"The directory {tmp_path} has no config.json; it holds no model."
+    )
+    (tmp_path / "a.txt").write_text("")
+    assert refused(str(tmp_path / "a.txt")) == f"{tmp_path}/a.txt is a file, not a model."
+    assert refused(str(tmp_path / "a.pt2")) == f"There is no file {tmp_path}/a.pt2."
+    (tmp_path / "a.pt2").write_text("no zip")
+    assert refused(str(tmp_path / "a.pt2")).startswith(
+        f"{tmp_path}/a.pt2 is not an exported program that torch {torch.__version__} can read: "
+    )
+    (tmp_path / "config.json").write_text("{}")
+    assert refused(str(tmp_path)).startswith(
+        f"'{tmp_path}' cannot be loaded from the directory: Unrecognized model"
+    )
+
+
+def test_too_large_for_this_machine() -> None:
+    assert "parameters and needs about" in refused("random:gpt2,n_embd=98304,n_head=96,n_layer=1")
+
+
+def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoConfig
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("We couldn't connect to 'https://huggingface.co'.\nMore lines.")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    assert refused("owner/name") == (
+        "'owner/name' cannot be loaded from the Hugging Face hub: We couldn't connect to "
+        "'https://huggingface.co'. There is no directory 'owner/name' either."
+    )
+
+
+def test_calibration_text_is_tokenized(tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("She said it was late.\n\nHe went home.\n")
+    found = load_calibration(path, NamedModel(tokenizer_from=str(SHIPPED)))
+    assert len(found) == 2
+    assert found[0]["input_ids"].dtype == torch.int64
+    assert found[0]["input_ids"].shape[0] == 1
+
+
+def test_calibration_arrays(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(6).reshape(2, 3))
+    np.save(tmp_path / "x.npy", np.zeros((2, 3)))
+    ids = load_calibration(tmp_path / "ids.npy", NamedModel())
+    assert [i["input_ids"].tolist() for i in ids] == [[[0, 1, 2]], [[3, 4, 5]]]
+    real = load_calibration(tmp_path / "x.npy", NamedModel())
+    assert real[0].shape == (1, 3)
+    assert real[0].dtype == torch.float32
+
+
+def test_calibration_files_that_mean_nothing(tmp_path: Path) -> None:
+    shipped = NamedModel(tokenizer_from=str(SHIPPED))
+    with pytest.raises(CalibrationError, match="There is no calibration file"):
+        load_calibration(tmp_path / "none.txt", shipped)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(CalibrationError, match="holds no sentence"):
+        load_calibration(tmp_path / "empty.txt", shipped)
+    with pytest.raises(OptionsError, match="this model has no tokenizer"):
+        load_calibration(tmp_path / "empty.txt", NamedModel())
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(CalibrationError, match="is not a text file"):
+        load_calibration(tmp_path / "bad.txt", shipped)
+    (tmp_path / "bad.npy").write_bytes(b"x")
+    with pytest.raises(CalibrationError, match=r"cannot be read as a \.npy array"):
+        load_calibration(tmp_path / "bad.npy", shipped)
+    np.save(tmp_path / "pickled.npy", np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(CalibrationError, match=r"cannot be read as a \.npy array"):
+        load_calibration(tmp_path / "pickled.npy", shipped)
+    np.save(tmp_path / "words.npy", np.array(["a"]))
+    with pytest.raises(CalibrationError, match="does not hold one array of numbers"):
+        load_calibration(tmp_path / "words.npy", shipped)
+    np.save(tmp_path / "flat.npy", np.zeros(3))
+    with pytest.raises(CalibrationError, match="give \\[n, \\*input shape\\]"):
+        load_calibration(tmp_path / "flat.npy", shipped)

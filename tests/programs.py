@@ -1,0 +1,113 @@
+"""Builds programs from small modules, and checks a whole lowering step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fhe_fx.backends.reference import ReferenceBackend
+from fhe_fx.capture import capture
+from fhe_fx.ir import Program
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.types import ValueType
+from fhe_fx.options import Options
+from fhe_fx.passes import Pass, Pipeline, default_pipeline
+
+Sample = tuple[Tensor, ...]
+
+
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> object:
+        return self.function(*inputs)
+
+
+def program_from(
+    model: nn.Module | Callable[..., object], samples: Sequence[Sample], n_bits: int = 6
+) -> Program:
+    """Capture a module, or a function of tensors, with its calibration samples."""
+    module = model if isinstance(model, nn.Module) else Call(model)
+    program = capture(module.eval(), samples[0], {}, [])
+    program.name = "region"
+    program.samples = list(samples)
+    program.options = Options(n_bits=n_bits)
+    return program
+
+
+def seeded(shape: Sequence[int], n: int = 16, seed: int = 0, positive: bool = False) -> list[Tensor]:
+    """Return calibration values of one input."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn((n, *shape), generator=generator).clamp(-2.5, 2.5)
+    return list(values.abs() + 0.5 if positive else values)
+
+
+def run_all(program: Program, samples: Sequence[Sample]) -> list[Tensor]:
+    """Run a float program: one stack of values for each result."""
+    return [torch.stack(r) for r in zip(*[program(*s) for s in samples], strict=True)]
+
+
+def encode(program: Program, sample: Sample, gain: float = 1.0) -> list[np.ndarray]:
+    """Quantize one real tensor for each original input."""
+    encoded = []
+    for node in program.placeholders:
+        kind: ValueType = node.meta["type"]
+        real = sample[program.source_of(node)].double() * gain
+        whole = ((real - kind.offset) / kind.scale).round()
+        encoded.append(whole.clamp(kind.low, kind.high).long().numpy())
+    return encoded
+
+
+def decode(program: Program, results: Sequence[np.ndarray]) -> list[Tensor]:
+    """Turn integers into real tensors."""
+    decoded = []
+    for node, q in zip(program.results, results, strict=True):
+        kind: ValueType = node.meta["type"]
+        decoded.append((torch.from_numpy(q) * kind.scale + kind.offset).view(d.shape_of(node)))
+    return decoded
+
+
+def run_integers(program: Program, samples: Sequence[Sample]) -> list[Tensor]:
+    """Run an integer program by the reference: one stack of real values for each result."""
+    circuit = ReferenceBackend().compile(program)
+    runs = [decode(program, circuit.clear(encode(program, s))) for s in samples]
+    return [torch.stack(r) for r in zip(*runs, strict=True)]
+
+
+def assert_close(expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> None:
+    """Compare up to float rounding, relative to the size of each result."""
+    assert len(expected) == len(found), what
+    for a, b in zip(expected, found, strict=True):
+        assert a.shape == b.shape, f"{what}: {tuple(a.shape)} became {tuple(b.shape)}"
+        size = float(a.abs().max()) + 1e-3
+        error = float((a - b).abs().max())
+        assert error <= 2e-4 * size, f"{what}: differs by {error:.3g}, values up to {size:.3g}"
+
+
+def lower(program: Program, passes: Sequence[Pass] | Pipeline | None = None) -> list[Tensor]:
+    """Run every pass; after each that stays in float, compare all results with the ones before.
+
+    Returns:
+        The results in float on the samples, one stack each.
+    """
+    expected = run_all(program, program.samples)
+    for p in passes if passes is not None else default_pipeline():
+        Pipeline((p,)).run(program)
+        if "integer" not in program.properties:
+            found = run_all(program, program.samples)
+            assert_close(expected, found, p.name)
+    return expected
+
+
+def relative_error(expected: Tensor, found: Tensor) -> float:
+    """Return the rms error in parts of the deviation of the values."""
+    error = (expected.double() - found.double()).square().mean().sqrt()
+    centre = expected.double() - expected.double().mean()
+    return float(error / (centre.square().mean().sqrt() + 1e-6))

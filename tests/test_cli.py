@@ -1,0 +1,262 @@
+"""The `fhe-fx` command: one object on stdout, one message on stderr, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from fhe_fx.cli import _interruptibly, app
+from fhe_fx.passes import default_pipeline
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = str(ROOT / "examples" / "gpt2" / "model")
+PART = ["--submodule", "h.0.attn", "--heads", "0", "--tokens", "3"]
+
+
+def invoke(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def refused(*args: object) -> str:
+    """Run a command that must fail with one message, and return it."""
+    result = invoke(*args)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("cli") / "attn"
+    text = out.with_name("sentences.txt")
+    sentences = (Path(SHIPPED) / "calibration.txt").read_text().splitlines()
+    text.write_text("\n".join(sentences[:16]))
+    result = invoke("export", SHIPPED, *PART, "--calibration", text, "--out", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    before, after = result.stderr.strip().splitlines()
+    assert before.endswith("not compiled yet")
+    assert "complexity" in after
+    return out, json.loads(result.stdout)
+
+
+@pytest.fixture
+def x(exported: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    shape = exported[1]["inputs"][0]["shape"]
+    path = tmp_path / "x.npy"
+    np.save(path, np.sin(np.arange(np.prod(shape))).reshape(shape))
+    return path
+
+
+def test_export_json_has_the_promised_keys(exported: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = exported
+    wanted = {
+        "look_ups", "complexity", "max_lookup_bits", "p_error", "key_bytes", "compile_seconds",
+        "input_bytes", "output_bytes", "nodes", "validation", "out",
+    }  # fmt: skip
+    assert wanted <= set(summary)
+    assert summary["out"] == str(out)
+    assert summary["module_path"] == "transformer.h.0.attn"
+    assert summary["heads"] == [0]
+    assert 0 < summary["validation"]["simulated_error_to_clear"] < 0.6
+    assert sum(n["share"] for n in summary["nodes"]) == pytest.approx(1)
+
+
+def test_report_of_an_artefact(exported: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = exported
+    found = json.loads(invoke("report", out, "--json").stdout)
+    assert found["look_ups"] == summary["look_ups"]
+    assert found["complexity"] == summary["complexity"]
+    text = invoke("report", out).stdout
+    assert text.startswith("transformer.h.0.attn heads 0: look-ups of at most")
+    assert "module path" in text
+
+
+def test_report_of_a_model() -> None:
+    model = "random:gpt2,n_layer=1,n_embd=16,n_head=2,vocab_size=50"
+    result = invoke("report", model, *PART, "--json")
+    assert result.exit_code == 0, result.stderr
+    region = json.loads(result.stdout)["regions"][0]
+    assert region["name"] == "transformer.h.0.attn heads 0"
+    assert region["complexity"] > 0
+
+
+def test_run_clear_and_simulate(
+    exported: tuple[Path, dict[str, Any]], x: Path, tmp_path: Path
+) -> None:
+    out, summary = exported
+    results = []
+    for mode in ("clear", "simulate"):
+        y = tmp_path / f"{mode}.npy"
+        run = invoke("run", out, "--mode", mode, "--input", x, "--output", y)
+        assert run.exit_code == 0, run.stderr
+        assert run.stdout == ""
+        results.append(np.load(y))
+        assert list(results[-1].shape) == summary["results"][0]["shape"]
+    assert np.linalg.norm(results[0] - results[1]) < 0.8 * np.linalg.norm(results[0])
+    assert invoke("run", out, "--mode", "clear", "--input", x).stdout.startswith("[[[[")
+
+
+@pytest.mark.fhe
+def test_run_execute(tmp_path: Path) -> None:
+    from fhe_fx.export import export_region
+    from tests.export.conftest import make_region
+
+    region, out, x, y = make_region(), tmp_path / "out", tmp_path / "x.npy", tmp_path / "y.npy"
+    export_region(region, out, validate=False)
+    sample = region.captured.samples[5]
+    np.save(x, sample[0].numpy())
+    keys = tmp_path / "keys"
+    for _ in range(2):  # makes the keys, then reads them
+        args = ["--mode", "execute", "--input", x, "--output", y, "--keys", keys]
+        result = invoke("run", out, *args)
+        assert result.exit_code == 0, result.stderr
+        assert keys.stat().st_mode & 0o777 == 0o600
+        clear = region.run_circuit(sample, "clear")[0].numpy()
+        assert np.linalg.norm(np.load(y) - clear) < 0.5 * np.linalg.norm(clear)
+    keys.chmod(0o644)
+    assert "others can read it (mode 0644)" in refused("run", out, *args)
+
+
+def test_run_refuses(exported: tuple[Path, dict[str, Any]], x: Path, tmp_path: Path) -> None:
+    out = exported[0]
+    assert refused("run", tmp_path / "none", "--input", x) == (
+        f"error: There is no directory {tmp_path}/none."
+    )
+    assert refused("run", out, "--mode", "simulat", "--input", x) == (
+        "error: --mode 'simulat' is not one of clear, simulate, execute. Did you mean 'simulate'?"
+    )
+    assert refused("run", out, "--input", tmp_path / "x") == (
+        f"error: There is no input file {tmp_path}/x."
+    )
+    assert "--keys is for --mode execute" in refused("run", out, "--input", x, "--keys", "k")
+    np.save(tmp_path / "bad.npy", np.zeros(3))
+    assert "Input 0 has shape [3]" in refused("run", out, "--input", tmp_path / "bad.npy")
+    assert "there is no directory none." in refused("run", out, "--input", x, "--output", "none/y")
+    two = ["--output", "a", "--output", "b"]
+    assert "2 --output given; the circuit has 1." in refused("run", out, "--input", x, *two)
+
+
+def test_export_refuses_before_it_loads(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("")
+    assert refused("export", "./none", *PART, "--out", tmp_path) == (
+        f"error: {tmp_path} holds 'mine.txt', which no export wrote, so it is not replaced. "
+        f"Give another directory."
+    )
+
+
+def test_bad_model_submodule_and_numbers(tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "out"]
+    tiny = "random:gpt2,n_layer=2,n_embd=16,n_head=2,vocab_size=50"
+    assert refused("export", "./none", *PART, *out).startswith("error: ./none does not exist.")
+    assert refused("export", tiny, *out) == (
+        "error: Give the part to encrypt: --submodule h.0.attn"
+    )
+    assert refused("export", tiny, "--submodule", "h.0.atn", *out) == (
+        "error: GPT2LMHeadModel has no submodule 'h.0.atn'. "
+        "Did you mean 'h.0.attn' or 'h.1.attn' or '0.attn'?"
+    )
+    assert refused("export", tiny, "--submodule", "h.*.attn", *out) == (
+        "error: --submodule 'h.*.attn' names 2 parts: transformer.h.0.attn, transformer.h.1.attn. "
+        "Give one; each is an artefact of its own."
+    )
+    assert "n_bits=40 is outside" in refused("export", tiny, *PART, "--n-bits", 40, *out)
+    heads = ["--submodule", "h.0.attn", "--heads", "a"]
+    assert refused("export", tiny, *heads, *out) == (
+        "error: --heads 'a' is not a list of numbers. Write 0, or 0,3."
+    )
+    assert "is read as a MODEL" in refused("report", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_exported_program(tmp_path: Path) -> None:
+    import torch
+
+    from tests.export.conftest import make_inputs, make_net
+
+    program = torch.export.export(make_net(), (make_inputs()[0],))
+    torch.export.save(program, tmp_path / "net.pt2")
+    np.save(tmp_path / "x.npy", torch.cat(make_inputs()).numpy())
+    part = [tmp_path / "net.pt2", "--submodule", "body", "--calibration", tmp_path / "x.npy"]
+    result = invoke("export", *part, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["validation"]["is_clear_equal"]
+    assert "shapes are fixed in a .pt2" in refused("report", *part, "--tokens", 9)
+
+
+def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fhe_fx.export.models.load_model", interrupt)
+    result = invoke("report", "random:gpt2", *PART)
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "interrupted"
+
+
+def test_interruption_of_native_code() -> None:
+    start = time.monotonic()
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        _interruptibly(lambda: time.sleep(5))
+    assert time.monotonic() - start < 3
+
+
+def test_passes() -> None:
+    rows = json.loads(invoke("passes", "--json").stdout)["passes"]
+    assert [r["name"] for r in rows] == [p.name for p in default_pipeline()]
+    assert all(r["law"] for r in rows)
+    assert invoke("passes").stdout.startswith(" 1  normalize\n")
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    facts = json.loads(invoke("doctor", "--no-measure", "--json").stdout)
+    assert facts["cores"] >= 1
+    assert facts["concrete-python"].startswith("2.")
+    assert facts["rate_is_measured"] is False
+    assert "transformers" in invoke("doctor", "--no-measure").stdout
+
+
+@pytest.mark.fhe
+def test_doctor_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fhe_fx.report.machine import bootstrap_rate
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    facts = json.loads(invoke("doctor", "--json").stdout)
+    assert facts["rate"] > 1e8
+    assert bootstrap_rate() == (facts["rate"], True)
+    assert (tmp_path / "cache" / "fhe_fx").stat().st_mode & 0o077 == 0
+
+
+def test_module_is_the_command() -> None:
+    run = [sys.executable, "-m", "fhe_fx", "passes"]
+    found = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT, timeout=120)
+    assert found.stdout.startswith(" 1  normalize\n")
+    assert found.stderr == ""
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, fhe_fx; print([m for m in ('typer', 'rich', 'concrete') if m in sys.modules])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert found.stdout.strip() == "[]"
