@@ -76,6 +76,7 @@ def execute(encrypted: torch.nn.Module, tokens: int) -> dict[str, float]:
     region = module.region
     calibrated = torch.stack([s[0] for s in region.captured.samples])
     fresh = fresh_inputs(encrypted, 5 * len(calibrated), tokens)
+    fresh = fresh.reshape(-1, *calibrated.shape[1:])  # the client's prefix only reshapes
     spread = ((fresh - calibrated.mean(0)) / calibrated.std(0)).abs().flatten(1).amax(1)
     row: dict[str, float] = {}
     for name, x in (

@@ -11,6 +11,7 @@ one whose next token (or more, --execute) came from an attention that ran on cip
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def main() -> None:
     n_prompt = prompt["input_ids"].shape[1]
     tokens = choices.tokens or n_prompt + choices.new_tokens - 1
     print(f"fhe_fx {fhe_fx.__version__} on {machine_name()}")
-    print(f"model {choices.model}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    shown = os.path.relpath(choices.model) if Path(choices.model).exists() else choices.model
+    print(f"model {shown}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
     start = time.perf_counter()
     encrypted = fhe_fx.encrypt_submodule(
