@@ -23,9 +23,9 @@ from fhe_fx.options import Options
 from fhe_fx.passes import Annotate, Partition, Pipeline, default_pipeline
 from fhe_fx.passes.normalize import Normalize
 from fhe_fx.passes.partition import ENCRYPTED
-from fhe_fx.passes.select_heads import SelectHeads
 from fhe_fx.quant.calibration import Call, as_call, check_calibration, sample_from_model
 from fhe_fx.report import Report, report_on
+from fhe_fx.runtime.lower import lower_region
 from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
 from fhe_fx.runtime.region import Region
 
@@ -438,28 +438,7 @@ def build_region(
         tuple(call[name].detach().float() for name in names) for call, _ in recorded[1:]
     ]
     Pipeline((Normalize(),)).run(target)
-    composed = Program(
-        copy.deepcopy(target.module), name=path, options=options, properties={"normal"}
-    )
-    if heads is None:
-        for node in composed.graph.nodes:
-            node.meta["encrypted"] = node.op in {"call_function", "call_module"}
-        composed.properties.add("annotated")
-        Pipeline((Partition(),)).run(composed)
-    else:
-        Pipeline((SelectHeads(tuple(heads)), Partition())).run(composed)
-    captured = Program(
-        composed.module.get_submodule(ENCRYPTED),  # type: ignore[arg-type]
-        name=path if heads is None else f"{path} heads {','.join(map(str, heads))}",
-        options=options,
-        samples=_inputs_of_region(composed, target.samples),
-        properties={"captured", "normal"},
-    )
-    program = copy.deepcopy(captured)
-    pipeline.run(program)
-    shapes = tuple(d.shape_of(n) for n in target.placeholders)
-    region = Region(path, target, composed.module, captured, program, pipeline, shapes)
-    return region, signature
+    return lower_region(target, heads, pipeline), signature
 
 
 def _detached(value: Any) -> Any:
@@ -516,24 +495,3 @@ def _result_leaves(target: Program, path: str) -> tuple[int, ...]:
             )
         leaves.append(cast(int, node.args[2]))
     return tuple(leaves)
-
-
-class _RegionInputs(torch.fx.Interpreter):
-    """Runs the client's prefix and returns what enters the encrypted region."""
-
-    def of(self, sample: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        placeholders = (n for n in self.graph.nodes if n.op == "placeholder")
-        self.env = dict(zip(placeholders, sample, strict=True))
-        for node in self.graph.nodes:
-            if node.op != "placeholder":
-                if node.target == ENCRYPTED:
-                    return tuple(self.env[n] for n in node.args)
-                self.env[node] = self.run_node(node)
-        raise AssertionError("partition made no encrypted part")
-
-
-def _inputs_of_region(
-    composed: Program, samples: Sequence[tuple[Tensor, ...]]
-) -> list[tuple[Tensor, ...]]:
-    with torch.no_grad():
-        return [_RegionInputs(composed.module).of(sample) for sample in samples]

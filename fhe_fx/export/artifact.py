@@ -18,9 +18,9 @@ from torch import Tensor
 from fhe_fx.backends.reference import ReferenceBackend
 from fhe_fx.errors import ArtifactError
 from fhe_fx.export.archive import unpack
-from fhe_fx.export.codec import CODEC_ENTRIES, Codec
 from fhe_fx.export.graph import GRAPH_ENTRIES, graph_from_entries
 from fhe_fx.export.manifest import MANIFEST, checked_file, read_manifest
+from fhe_fx.runtime.codec import CODEC_ENTRIES, Codec
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fhe_fx.capture import program_of, resolve_targets
 from fhe_fx.errors import CalibrationError, CaptureError
@@ -21,8 +20,8 @@ from fhe_fx.options import Options
 from fhe_fx.passes import Annotate, Partition, Pipeline
 from fhe_fx.passes.normalize import Normalize
 from fhe_fx.passes.partition import ENCRYPTED
-from fhe_fx.passes.select_heads import SelectHeads
 from fhe_fx.quant.calibration import check_calibration
+from fhe_fx.runtime.lower import inputs_of_region, lower_region
 from fhe_fx.runtime.region import Region
 
 __all__ = ["exported_region", "exported_targets", "open_exported"]
@@ -90,60 +89,9 @@ def exported_region(
     composed = target.module
     target.module = composed.get_submodule(ENCRYPTED)  # type: ignore[assignment]
     target.properties = {"captured"}
-    target.samples = [_entering(composed, sample) for sample in inputs]
+    target.samples = inputs_of_region(composed, inputs)
     Pipeline((Normalize(),)).run(target)
-    return _lowered(target, heads, pipeline, options)
-
-
-def _lowered(
-    target: Program, heads: Sequence[int] | None, pipeline: Pipeline, options: Options
-) -> Region:
-    path = target.name
-    composed = Program(
-        copy.deepcopy(target.module), name=path, options=options, properties={"normal"}
-    )
-    if heads is None:
-        for node in composed.graph.nodes:
-            node.meta["encrypted"] = node.op in {"call_function", "call_module"}
-        composed.properties.add("annotated")
-        Pipeline((Partition(),)).run(composed)
-    else:
-        Pipeline((SelectHeads(tuple(heads)), Partition())).run(composed)
-    captured = Program(
-        composed.module.get_submodule(ENCRYPTED),  # type: ignore[arg-type]
-        name=path if heads is None else f"{path} heads {','.join(map(str, heads))}",
-        options=options,
-        samples=[_entering(composed.module, s) for s in target.samples],
-        properties={"captured", "normal"},
-    )
-    program = copy.deepcopy(captured)
-    pipeline.run(program)
-    shapes = tuple(d.shape_of(n) for n in target.placeholders)
-    return Region(path, target, composed.module, captured, program, pipeline, shapes)
-
-
-class _Entering(fx.Interpreter):
-    """Runs a composed graph and keeps what enters its encrypted part."""
-
-    inputs: tuple[Tensor, ...] = ()
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target == ENCRYPTED:
-            self.inputs = tuple(args)
-        return super().call_module(target, args, kwargs)
-
-
-def _entering(composed: fx.GraphModule, sample: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    runner = _Entering(composed)
-    with torch.no_grad():
-        runner.run(*sample)
-    bad = [x for x in runner.inputs if not x.is_floating_point()]
-    if bad:
-        raise CaptureError(
-            "The region reads integers that depend on the model's input; only floating-point "
-            "tensors can be encrypted. Choose a submodule behind the embedding."
-        )
-    return runner.inputs
+    return lower_region(target, heads, pipeline)
 
 
 # Calibration ----------------------------------------------------------------------------------

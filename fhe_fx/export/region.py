@@ -22,12 +22,12 @@ from fhe_fx.export.artifact import (
     load_artifact,
     simulated,
 )
-from fhe_fx.export.codec import Codec
 from fhe_fx.export.directory import new_directory
 from fhe_fx.export.graph import graph_to_entries
 from fhe_fx.export.manifest import FORMAT, SCHEMA, file_entry, machine, versions, write_manifest
 from fhe_fx.ir import dialect as d
 from fhe_fx.report import report_on
+from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.region import Region
 
 __all__ = ["export_region", "validate"]

@@ -17,7 +17,7 @@ from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.partition import ENCRYPTED, PREFIX, SUFFIX
 from fhe_fx.runtime.causality import causal_axes
-from fhe_fx.runtime.codec import decode, encode
+from fhe_fx.runtime.codec import Codec
 
 __all__ = ["MODES", "Region"]
 
@@ -133,7 +133,8 @@ class Region:
         """Quantize, run the circuit in one of its modes, and return real results."""
         circuit = ReferenceBackend().compile(self.program) if mode == "clear" else self.circuit()
         runs = {"clear": circuit.clear, "simulate": circuit.simulate, "execute": circuit.execute}
-        return decode(self.program, runs[mode](encode(self.program, inputs)))
+        codec = Codec.of(self.program)
+        return codec.decode(runs[mode](codec.encode(inputs)))
 
 
 class _Composed(fx.Interpreter):
