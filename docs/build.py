@@ -38,8 +38,10 @@ def _contract(cls: type[Pass]) -> list[str]:
     rows = [
         f"*{label}*: {', '.join(sorted(names)) or 'nothing'}"
         for label, names in (
-            ("requires", cls.requires), ("gives", cls.gives), ("breaks", cls.breaks),
-        )  # fmt: skip
+            ("requires", cls.requires),
+            ("gives", cls.gives),
+            ("breaks", cls.breaks),
+        )
     ]
     return [text, "", " · ".join(rows)]
 

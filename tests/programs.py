@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +43,9 @@ def program_from(
     return program
 
 
-def seeded(shape: Sequence[int], n: int = 16, seed: int = 0, positive: bool = False) -> list[Tensor]:
+def seeded(
+    shape: Sequence[int], n: int = 16, seed: int = 0, positive: bool = False
+) -> list[Tensor]:
     """Return calibration values of one input."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn((n, *shape), generator=generator).clamp(-2.5, 2.5)
@@ -54,7 +57,7 @@ def run_all(program: Program, samples: Sequence[Sample]) -> list[Tensor]:
     return [torch.stack(r) for r in zip(*[program(*s) for s in samples], strict=True)]
 
 
-def encode(program: Program, sample: Sample, gain: float = 1.0) -> list[np.ndarray]:
+def encode(program: Program, sample: Sample, gain: float = 1.0) -> list[npt.NDArray[np.int64]]:
     """Quantize one real tensor for each original input."""
     encoded = []
     for node in program.placeholders:
@@ -65,7 +68,7 @@ def encode(program: Program, sample: Sample, gain: float = 1.0) -> list[np.ndarr
     return encoded
 
 
-def decode(program: Program, results: Sequence[np.ndarray]) -> list[Tensor]:
+def decode(program: Program, results: Sequence[npt.NDArray[np.int64]]) -> list[Tensor]:
     """Turn integers into real tensors."""
     decoded = []
     for node, q in zip(program.results, results, strict=True):

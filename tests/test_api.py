@@ -371,7 +371,7 @@ def real_size() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config()).eval()  # type: ignore[no-untyped-call]
+    return GPT2LMHeadModel(GPT2Config()).eval()
 
 
 def test_gpt2_of_real_size_one_head(real_size: Any) -> None:

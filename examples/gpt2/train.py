@@ -111,7 +111,7 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(re.split(f"\n|{re.escape(END)}", text), trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END,
         eos_token=END,
@@ -177,7 +177,7 @@ def train(model: GPT2LMHeadModel, rows: torch.Tensor, held_out: torch.Tensor, st
         batch, order = rows[order[:BATCH]], order[BATCH:]
         loss = loss_sum(model, batch) / batch[:, 1:].numel()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -72,7 +72,7 @@ def decompose(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     """
     table = torch.export.default_decompositions()
     for op in _KEPT_WHOLE:
-        table.pop(op, None)  # type: ignore[no-untyped-call]
+        table.pop(op, None)
     lowered = _quietly(lambda: exported.run_decompositions(table))
     unlifted = _quietly(lambda: lowered.module(check_guards=False))
     unlifted.graph.set_codegen(fx.graph.CodeGen())

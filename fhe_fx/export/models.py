@@ -68,8 +68,8 @@ def _quiet_transformers() -> None:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     disable_progress_bars()
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 

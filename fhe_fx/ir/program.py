@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -78,7 +78,7 @@ class Program:
     @property
     def output_node(self) -> fx.Node:
         """The fx output node."""
-        return next(iter(reversed(self.graph.nodes)))
+        return cast(fx.Node, next(iter(reversed(self.graph.nodes))))
 
     @property
     def results(self) -> list[fx.Node]:

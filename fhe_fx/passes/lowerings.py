@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +22,7 @@ __all__ = ["LOWERINGS", "Unsupported", "register_lowering"]
 Value = Any
 """An encrypted fx node, or a clear tensor or number."""
 Lowering = Callable[..., Any]
+F = TypeVar("F", bound=Lowering)
 
 LOWERINGS: dict[object, Lowering] = {}
 """The rule of each operator overload."""
@@ -36,14 +37,14 @@ class Unsupported(Exception):  # noqa: N818 -- a reason that normalize collects,
     """Why a rule cannot lower a call."""
 
 
-def register_lowering(*ops: Any) -> Callable[[Lowering], Lowering]:
+def register_lowering(*ops: Any) -> Callable[[F], F]:
     """Register the decorated function as the lowering of operators.
 
     Args:
         ops: operator overloads (`torch.ops.aten.add.Tensor`), or packets for all their overloads.
     """
 
-    def decorate(rule: Lowering) -> Lowering:
+    def decorate(rule: F) -> F:
         for op in ops:
             if isinstance(op, torch._ops.OpOverloadPacket):
                 for name in op.overloads():

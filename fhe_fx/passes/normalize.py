@@ -86,7 +86,7 @@ class Normalize(Pass):
             with torch.no_grad():
                 return pytree.tree_map(_as_float32, node.target(*args, **kwargs))  # type: ignore[operator]
         if node.target is operator.getitem:
-            return args[0][args[1]]
+            return args[0][args[1]]  # type: ignore[index]
         rule = LOWERINGS.get(node.target)
         if rule is None:
             faults.append((node, "no lowering is registered for it"))

@@ -149,7 +149,8 @@ def _connected(a: Tensor, b: Tensor, n: int) -> Tensor:
     ones = torch.ones(pairs.shape[1], dtype=torch.int8).numpy()
     graph = coo_matrix((ones, (pairs[0], pairs[1] + n)), shape=(2 * n, 2 * n))
     labels = torch.from_numpy(connected_components(graph, directed=False)[1]).long()
-    return torch.unique(labels[:n], return_inverse=True)[1]
+    compact: Tensor = torch.unique(labels[:n], return_inverse=True)[1]
+    return compact
 
 
 def _spread(program: Program, classes: Classes, node: fx.Node) -> Tensor:

@@ -63,8 +63,8 @@ def _on_a_cycle(program: Program) -> fx.Node | None:
         )
         ends[node] = before, after
         # One vertex stands for all classes of a node: they are widened together.
-        graph.add_edges_from((c, ("in", node)) for c in before)  # type: ignore[misc]
-        graph.add_edges_from((("in", node), c) for c in after)  # type: ignore[misc]
+        graph.add_edges_from((c, ("in", node)) for c in before)
+        graph.add_edges_from((("in", node), c) for c in after)
     part = {v: i for i, s in enumerate(nx.strongly_connected_components(graph)) for v in s}
     for node, (before, after) in ends.items():
         if {part[c] for c in before} & {part[c] for c in after}:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -88,15 +89,15 @@ def is_exact_scale(node: fx.Node) -> bool:
 def find_classes(program: Program) -> Classes:
     """Join the elements that must share a scale."""
     ids: dict[fx.Node, Tensor] = {}
-    first: list[np.ndarray] = []
-    second: list[np.ndarray] = []
+    first: list[npt.NDArray[np.int64]] = []
+    second: list[npt.NDArray[np.int64]] = []
     total = 0
 
     def fresh(like: Tensor) -> Tensor:
         """Give new numbers to the distinct values of `like`, in its shape."""
         nonlocal total
         _, inverse = torch.unique(like, return_inverse=True)
-        result = inverse + total
+        result: Tensor = inverse + total
         total += int(inverse.max()) + 1 if inverse.numel() else 0
         return result
 

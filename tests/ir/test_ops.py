@@ -47,7 +47,7 @@ def test_pairs_taken_and_put_back() -> None:
     assert ops.PUT_PAIRS(taken, rows, columns, 2, 3).tolist() == [[0, 0, 2], [3, 0, 0]]
 
 
-X, I = torch.randn(2, 3, 4), torch.tensor([0, 1])
+X, ROWS = torch.randn(2, 3, 4), torch.tensor([0, 1])
 N = torch.arange(6).view(2, 3)
 
 
@@ -58,14 +58,16 @@ N = torch.arange(6).view(2, 3)
         (ops.SHIFT, (X, torch.ones(3, 1))),
         (ops.LINEAR, (X, torch.ones(4, 5))),
         (ops.LINEAR, (X, torch.ones(2, 4, 5))),
-        (ops.TAKE_PAIRS, (X, I, I)),
-        (ops.PUT_PAIRS, (X[..., :2], I, I, 3, 4)),
+        (ops.TAKE_PAIRS, (X, ROWS, ROWS)),
+        (ops.PUT_PAIRS, (X[..., :2], ROWS, ROWS, 3, 4)),
         (ops.MASKED_SOFTMAX, (X, torch.ones(4, dtype=torch.bool), True)),
         (ops.LOOKUP, (N, torch.ones(1, 4, dtype=torch.int64), torch.zeros_like(N), 2, 1)),
     ],
     ids=str,
 )
-def test_shapes_are_known_without_values(op: torch._ops.OpOverload, args: tuple[object, ...]) -> None:
+def test_shapes_are_known_without_values(
+    op: torch._ops.OpOverload, args: tuple[object, ...]
+) -> None:
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -22,7 +22,7 @@ Step = Callable[..., Tensor]
 
 def _weight(rng: random.Random, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(rng.randrange(1 << 20))
-    return torch.randn(shape, generator=generator) / shape[0] ** 0.5
+    return torch.randn(shape, generator=generator) / float(shape[0] ** 0.5)
 
 
 def _clear(rng: random.Random, x: Tensor) -> Step:
@@ -103,6 +103,15 @@ def _product(rng: random.Random, x: Tensor, y: Tensor) -> Step:
     ))  # fmt: skip
 
 
+MAKERS: dict[str, Callable[..., Step]] = {
+    "c": _clear,
+    "f": _function,
+    "s": _structure,
+    "r": _reduction,
+    "p": _product,
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A random program: steps that read earlier values; the last value is the result."""
@@ -137,8 +146,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         last = len(values) - 1
         other = rng.randrange(len(values))
         arguments = (last, other) if kind == "p" else (last,)
-        make = {"c": _clear, "f": _function, "s": _structure, "r": _reduction, "p": _product}[kind]
-        step = make(rng, *[values[i][0] for i in arguments])
+        step = MAKERS[kind](rng, *[values[i][0] for i in arguments])
         new = torch.stack(
             [step(*row) for row in zip(*[values[i] for i in arguments], strict=True)]
         )

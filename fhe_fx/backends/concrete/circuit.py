@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from concrete import fhe
@@ -149,7 +149,7 @@ class ConcreteCircuit:
 def _facts(program: Program, circuit: Any, seconds: float) -> CircuitFacts:
     statistics = circuit.statistics
     keys = circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys
-    bits = [int(n.args[3]) for n in program.calls(LOOKUP)]  # type: ignore[call-overload]
+    bits = [cast(int, n.args[3]) for n in program.calls(LOOKUP)]
     parameters = tuple(
         str(p) for p in statistics.get("programmable_bootstrap_count_per_parameter", {})
     )
