@@ -1,0 +1,55 @@
+"""`assign-scales`: one scale a class, wide enough accumulators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fhe_fx.errors import BitWidthError
+from fhe_fx.ir import Program
+from fhe_fx.ir import dialect as d
+from fhe_fx.options import Options
+from fhe_fx.passes import Pipeline, default_pipeline
+from tests.programs import program_from, seeded
+
+SAMPLES = [(x,) for x in seeded((2, 4))]
+
+
+def _scaled(function: object, weight_bits: int = 8) -> Program:
+    program = program_from(function, SAMPLES)  # type: ignore[arg-type]
+    program.options = Options(n_bits=4, weight_bits=weight_bits)
+    Pipeline(tuple(default_pipeline())[:-1]).run(program)
+    return program
+
+
+def test_a_looked_up_range_fills_its_encoding() -> None:
+    program = _scaled(torch.exp)
+    node = d.input_node(program.maps()[0])
+    values = program.observed[node.name]
+    scale, width = node.meta["scale"], node.meta["width"]
+    assert width == 6 + 6
+    spread = values.amax((0, 1)) - values.amin((0, 1))
+    filled = spread / (scale[0] * 2**width)
+    assert torch.allclose(filled.double(), torch.full((4,), 1 / 1.02).double(), rtol=1e-5)
+
+
+def test_channels_keep_scales_apart_and_a_sum_ties_them() -> None:
+    gains = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    apart = _scaled(lambda x: torch.tanh(x * gains))
+    assert len(apart.placeholders[0].meta["scale"].unique()) == 4
+    tied = _scaled(lambda x: torch.tanh(x.sum(-1)))
+    assert len(tied.placeholders[0].meta["scale"].unique()) == 1
+
+
+def test_refuses_accumulators_that_a_ciphertext_cannot_hold() -> None:
+    weights = [torch.randn(4, 4, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        for w in weights:
+            x = (x.unsqueeze(-1) * w).sum(-2)
+        return torch.exp(0.1 * x)
+
+    with pytest.raises(BitWidthError) as error:
+        _scaled(function, weight_bits=16)
+    assert "a ciphertext holds 40." in str(error.value)
+    assert str(error.value).endswith("Try weight_bits=14, or a smaller n_bits.")

@@ -1,0 +1,35 @@
+"""`lower-to-integers`: affine integers and look-ups only (whole lowerings: test_operators.py)."""
+
+from __future__ import annotations
+
+import torch
+
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.ops import LOOKUP, SCALE
+from fhe_fx.ir.types import ValueType
+from tests.programs import lower, program_from, relative_error, run_integers, seeded
+
+SAMPLES = [(x,) for x in seeded((2, 4))]
+
+
+def test_every_node_is_an_integer_with_a_type() -> None:
+    program = program_from(lambda x: torch.exp(x @ torch.ones(4, 3)) + 1, SAMPLES)
+    expected = lower(program)
+    for node in program.encrypted():
+        assert isinstance(node.meta["type"], ValueType)
+        assert node.op == "placeholder" or node.target in d.INTEGER_OPS
+    assert relative_error(expected[0], run_integers(program, SAMPLES)[0]) < 0.02
+
+
+def test_biases_and_scalar_factors_of_the_input_cost_nothing() -> None:
+    program = program_from(lambda x: torch.tanh(3 * x + 1) - 5, SAMPLES)
+    lower(program)
+    look_up = program.calls(LOOKUP)[0]
+    assert look_up.args[0] in program.placeholders or d.shape_of(look_up) == (2, 4)
+    assert not [n for n in program.graph.nodes if n.target == SCALE]
+
+
+def test_a_table_knows_the_look_up_that_it_stands_for() -> None:
+    program = program_from(torch.tanh, SAMPLES)
+    lower(program)
+    assert program.calls(LOOKUP)[0].meta["function"] == "map[tanh]"
