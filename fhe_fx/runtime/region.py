@@ -97,10 +97,10 @@ class Region:
             smaller.options = replace(options, n_bits=n_bits)
             try:
                 self.pipeline.run(smaller)
-                ConcreteBackend().compile(smaller)
+                facts = ConcreteBackend().compile(smaller).facts
             except FheFxError:
                 continue
-            return f"Try n_bits={n_bits}: it compiles."
+            return f"Try n_bits={n_bits}: it compiles, with keys of {facts.key_bytes / 1e9:.1f} GB."
         return "No smaller n_bits compiles either. Encrypt a smaller part."
 
     def causal(self, row_axes: Sequence[int]) -> dict[int, int] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -70,7 +72,7 @@ def test_the_columns_are_statement_type_bounds_module_and_source() -> None:
     assert columns[3] == "0"
 
 
-def _linear() -> object:
+def _linear() -> Any:
     from fhe_fx.ir.ops import LINEAR
 
     return LINEAR
