@@ -40,7 +40,8 @@ class Annotate(Pass):
                 convex.
         """
         region = [
-            n for n in program.graph.nodes
+            n
+            for n in program.graph.nodes
             if n.op == "call_function" and self.path in n.meta.get("module_stack", ())
         ]
         if not any(n.target not in {ENTER, LEAVE} for n in region):
@@ -73,7 +74,8 @@ def check_convex(program: Program, path: str) -> None:
     after = set().union(*(nx.descendants(graph, n) for n in region if n in graph))
     before = set().union(*(nx.ancestors(graph, n) for n in region if n in graph))
     between = [
-        n for n in program.graph.nodes
+        n
+        for n in program.graph.nodes
         if n in after and n in before and n not in region and n.op != "output"
     ]
     if between:

@@ -109,7 +109,11 @@ class _State:
         self.is_weighted = torch.zeros(n, dtype=torch.bool)
 
     def _weighted(self) -> list[fx.Node]:
-        return [n for n in self.program.calls(LINEAR, SCALE) if n not in self.absorbed and not is_exact_scale(n)]
+        return [
+            n
+            for n in self.program.calls(LINEAR, SCALE)
+            if n not in self.absorbed and not is_exact_scale(n)
+        ]
 
     def _read(self, node: fx.Node, room: float) -> Tensor:
         """Raise the range of the classes of `node` to what was observed there."""

@@ -67,9 +67,7 @@ class FuseMaps(Pass):
         return any(u not in roots or roots[u] is not roots[node] for u in node.users)
 
     @staticmethod
-    def _compose(
-        head: fx.Node, root: fx.Node, roots: dict[fx.Node, fx.Node]
-    ) -> fx.GraphModule:
+    def _compose(head: fx.Node, root: fx.Node, roots: dict[fx.Node, fx.Node]) -> fx.GraphModule:
         holder, graph = torch.nn.Module(), fx.Graph()
         done = {root: graph.placeholder("x")}
 

@@ -44,7 +44,11 @@ class InsertRefreshes(Pass):
         return bool(done)
 
     def _visit(
-        self, program: Program, node: fx.Node, user: fx.Node, done: dict[fx.Node, fx.Node],
+        self,
+        program: Program,
+        node: fx.Node,
+        user: fx.Node,
+        done: dict[fx.Node, fx.Node],
         wide: set[fx.Node],
     ) -> None:
         head = node

@@ -73,9 +73,7 @@ class LowerSoftmax(Pass):
         """Fold the entries of each row in a balanced tree; one entry a row remains, in order."""
         lists = [(rows == r).nonzero().flatten().tolist() for r in torch.unique(rows)]
         while any(len(entries) > 1 for entries in lists):
-            pairs = [
-                (e[i], e[i + 1]) for e in lists for i in range(0, len(e) - 1, 2)
-            ]
+            pairs = [(e[i], e[i + 1]) for e in lists for i in range(0, len(e) - 1, 2)]
             odd = [e[-1] for e in lists if len(e) % 2]
             left = b.index_select(x, -1, torch.tensor([p[0] for p in pairs]))
             right = b.index_select(x, -1, torch.tensor([p[1] for p in pairs]))

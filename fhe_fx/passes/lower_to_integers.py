@@ -149,8 +149,12 @@ class _Lowering:
         least, greatest = _class_range(self.program, node)
         room = (greatest - least) * _TABLE_ROOM
         tables = build_tables(
-            lambda v: function(v.float()), x.offset, x.scale * (1 << (accumulator - bits)),
-            scale, bits, (least - room, greatest + room),
+            lambda v: function(v.float()),
+            x.offset,
+            x.scale * (1 << (accumulator - bits)),
+            scale,
+            bits,
+            (least - room, greatest + room),
         )
         read = builder.lookup(x.node, tables.entries, tables.which, bits, accumulator - bits)
         read.meta["function"] = operator_name(node)
@@ -172,7 +176,8 @@ class _Lowering:
             # An absorbed factor or a shift changed only what the integers mean.
             value = _Integer(
                 builder.shift(value.node, torch.zeros((), dtype=torch.int64)),
-                value.scale, value.offset,
+                value.scale,
+                value.offset,
             )
             self._typed(value.node, value.scale, value.offset, int(node.meta["width"]))
         return value.node

@@ -41,14 +41,19 @@ class Partition(Pass):
         suffix = [n for n in nodes if n in later and not n.meta.get("encrypted")]
         prefix = [n for n in nodes if n not in later and not n.meta.get("encrypted")]
         results = [n for n in program.results if n.op != "get_attr"]
-        program.module = _compose(program, [(PREFIX, prefix), (ENCRYPTED, region), (SUFFIX, suffix)],
-                                  results)
+        program.module = _compose(
+            program, [(PREFIX, prefix), (ENCRYPTED, region), (SUFFIX, suffix)], results
+        )
         return True
 
 
 def _outputs_of(part: Sequence[fx.Node], results: Sequence[fx.Node]) -> list[fx.Node]:
     inside = set(part)
-    return [n for n in part if n in results or any(u not in inside and u.op != "output" for u in n.users)]
+    return [
+        n
+        for n in part
+        if n in results or any(u not in inside and u.op != "output" for u in n.users)
+    ]
 
 
 def _inputs_of(part: Sequence[fx.Node]) -> list[fx.Node]:
@@ -89,8 +94,11 @@ def extract(
             new = graph.call_module(name, fx.node.map_arg(node.args, load))
         else:
             new = graph.create_node(
-                node.op, node.target, fx.node.map_arg(node.args, load),
-                fx.node.map_arg(node.kwargs, load), node.name,
+                node.op,
+                node.target,
+                fx.node.map_arg(node.args, load),
+                fx.node.map_arg(node.kwargs, load),
+                node.name,
             )
         new.meta = dict(node.meta)
         copied[node] = new
@@ -125,7 +133,9 @@ def _compose(
             have[node].meta = dict(node.meta)
     for node in program.results:
         if node.op == "get_attr":
-            root.register_buffer(str(node.target).replace(".", "_"), _attribute(program.module, node))
+            root.register_buffer(
+                str(node.target).replace(".", "_"), _attribute(program.module, node)
+            )
             have[node] = graph.get_attr(str(node.target).replace(".", "_"))
     graph.output(tuple(have[n] for n in program.results))
     return fx.GraphModule(root, graph)

@@ -63,20 +63,22 @@ class ProductsToSquares(Pass):
         spread_b = _spread(program, classes, right.root)
         alpha, beta = _balance(a, b, group_of, spread_a, spread_b)
         values = program.observed
-        u = (
-            (alpha[classes.of[left.root]] * values[left.root.name]).flatten(1)[:, left.elements]
-            + (beta[classes.of[right.root]] * values[right.root.name]).flatten(1)[:, right.elements]
-        )
+        u = (alpha[classes.of[left.root]] * values[left.root.name]).flatten(1)[:, left.elements] + (
+            beta[classes.of[right.root]] * values[right.root.name]
+        ).flatten(1)[:, right.elements]
         group = group_of[a]
         zeros = torch.zeros(classes.n_classes, dtype=torch.float64)
         counts = zeros.scatter_add(0, group.reshape(-1), torch.ones(group.numel()).double())
         means = zeros.scatter_add(0, group.reshape(-1), u.double().mean(0).reshape(-1))
         means = means / counts.clamp_min(1)
         return _Plan(
-            left, right,
-            _compact(alpha[classes.of[left.root]]), _compact(beta[classes.of[right.root]]),
+            left,
+            right,
+            _compact(alpha[classes.of[left.root]]),
+            _compact(beta[classes.of[right.root]]),
             _compact(means[group]),
-            _compact(means[_first(group_of[a], left)]), _compact(means[_first(group, right)]),
+            _compact(means[_first(group_of[a], left)]),
+            _compact(means[_first(group, right)]),
             _compact(1.0 / (alpha[a] * beta[b])),
         )
 
@@ -91,7 +93,8 @@ class ProductsToSquares(Pass):
         own = [
             operand.move(b, b.map(x, _own_square(mean), "square"))
             for operand, x, mean in (
-                (plan.left, a1, plan.mean_left), (plan.right, b1, plan.mean_right)
+                (plan.left, a1, plan.mean_left),
+                (plan.right, b1, plan.mean_right),
             )
         ]
         total = b.shift(b.add(b.add(square, own[0]), own[1]), -0.5 * plan.mean.square())
@@ -158,7 +161,9 @@ def _spread(program: Program, classes: Classes, node: fx.Node) -> Tensor:
     _, deviation = classes.moments(node, program.observed[node.name])
     low, high = classes.extremes(node, program.observed[node.name])
     floor = torch.maximum(high.abs(), low.abs()) * 1e-3 + 1e-12
-    return torch.where(deviation.isfinite(), torch.maximum(deviation, floor), torch.ones(()).double())
+    return torch.where(
+        deviation.isfinite(), torch.maximum(deviation, floor), torch.ones(()).double()
+    )
 
 
 def _balance(

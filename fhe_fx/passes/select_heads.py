@@ -46,12 +46,10 @@ class SelectHeads(Pass):
         cores = [c for c in map(_core, program.calls(MASKED_SOFTMAX)) if c is not None]
         if not cores:
             raise TargetError(
-                f"{program.name} holds no attention with several heads, so heads={list(self.heads)} "
-                f"selects nothing. Leave heads out, or choose an attention module."
+                f"{program.name} holds no attention with several heads, so "
+                f"heads={list(self.heads)} selects nothing. Leave heads out, or choose an attention module."
             )
-        chosen: list[fx.Node] = []
-        for core in cores:
-            chosen.append(self._split(program, core))
+        chosen = [self._split(program, core) for core in cores]
         program.clean()
         SinkSelections().run(program)
         self._mark(program, chosen)

@@ -129,7 +129,7 @@ def _scattered(x: fx.Node) -> tuple[_Scattered] | None:
 
 def _sum_pairs(b: Builder, v: fx.Node, m: _Scattered) -> fx.Node | None:
     """Return the scattered matrix times v, built from the pairs alone."""
-    n_rows, n_columns = m.constant.shape
+    n_rows = len(m.constant)
     in_pairs = torch.isin(torch.arange(n_rows), m.rows)
     is_one_hot = ((m.constant == 1).sum(-1) == 1) & ((m.constant != 0).sum(-1) == 1)
     if not bool((is_one_hot ^ in_pairs).all()):
@@ -147,9 +147,7 @@ def _sum_pairs(b: Builder, v: fx.Node, m: _Scattered) -> fx.Node | None:
     return _merge_rows(b, sums, single, in_pairs)
 
 
-def _sum_around(
-    b: Builder, v: fx.Node, m: _Scattered, reference: int, in_pairs: Tensor
-) -> fx.Node:
+def _sum_around(b: Builder, v: fx.Node, m: _Scattered, reference: int, in_pairs: Tensor) -> fx.Node:
     n_columns = m.constant.shape[1]
     base = b.index_select(v, -2, torch.tensor([reference]))
     others = torch.tensor([c for c in range(n_columns) if c != reference])

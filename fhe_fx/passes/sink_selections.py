@@ -34,7 +34,7 @@ class SinkSelections(Pass):
     def run(self, program: Program) -> bool:
         """Rewrite until nothing moves."""
         changed = False
-        while any([self._step(program, n) for n in program.calls(d.INDEX_SELECT)]):
+        while any([self._step(program, n) for n in program.calls(d.INDEX_SELECT)]):  # noqa: C419 -- all
             changed = True
             program.clean()
         return changed
@@ -117,7 +117,8 @@ def _through_view(
     for axis, size in enumerate(inside):
         lead = math.prod(inside[:axis])
         group = [
-            i for i in range(len(outside))
+            i
+            for i in range(len(outside))
             if math.prod(outside[:i]) >= lead
             and math.prod(outside[: i + 1]) <= lead * size
             and not (outside[i] == 1 and i != dim)

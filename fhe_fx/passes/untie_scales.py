@@ -1,8 +1,8 @@
 """Let a value be finer behind clear weights than before them, also where both are added.
 
-Exact: factors of one are inserted. In l(x) + x the sum ties the scale of x to that of l(x), and the
-weights of l, which are the ratio of the two, would round to nothing. A factor of one in front of the
-sum is an integer multiplication that takes x from its own scale to the finer one.
+Exact: factors of one are inserted. In l(x) + x the sum ties the scale of x to that of l(x), and
+the weights of l, which are the ratio of the two, would round to nothing. A factor of one in front
+of the sum is an integer multiplication that takes x from its own scale to the finer one.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def _on_a_cycle(program: Program) -> fx.Node | None:
     graph: nx.DiGraph[int] = nx.DiGraph()
     ends = {}
     for node in weighted:
-        before, after = (
-            torch.unique(classes.of[n]).tolist() for n in (d.input_node(node), node)
-        )
+        before, after = (torch.unique(classes.of[n]).tolist() for n in (d.input_node(node), node))
         ends[node] = before, after
         # One vertex stands for all classes of a node: they are widened together.
         graph.add_edges_from((c, ("in", node)) for c in before)
@@ -88,6 +86,4 @@ def _closing_sum(program: Program, weighted: fx.Node) -> tuple[fx.Node, fx.Node]
 
 def _is_free(node: fx.Node) -> bool:
     """Say whether a value has a scale of its own already."""
-    return d.is_call(node, SCALE) and bool(
-        (d.constant(cast(fx.Node, node.args[1])) == 1).all()
-    )
+    return d.is_call(node, SCALE) and bool((d.constant(cast(fx.Node, node.args[1])) == 1).all())

@@ -30,9 +30,7 @@ def test_refuses_without_samples() -> None:
     program.samples = []
     with pytest.raises(CalibrationError) as error:
         Calibrate().run(program)
-    assert str(error.value) == (
-        "region: there are no calibration samples. Pass calibration=[...]."
-    )
+    assert str(error.value) == ("region: there are no calibration samples. Pass calibration=[...].")
 
 
 def test_refuses_values_that_are_not_finite() -> None:

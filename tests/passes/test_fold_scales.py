@@ -10,6 +10,7 @@ from tests.conftest import CheckPass
 X = torch.linspace(-1, 1, 6).view(2, 3)
 W = torch.arange(12.0).view(3, 4)
 
+
 def test_a_factor_goes_into_the_weights(check_pass: CheckPass) -> None:
     check_pass(
         FoldScales(),

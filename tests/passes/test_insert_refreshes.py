@@ -11,7 +11,10 @@ EXP = torch.ops.aten.exp.default
 X = torch.linspace(-1, 1, 6).view(2, 3)
 W = torch.arange(12.0).view(3, 4)
 
-def test_a_long_sum_of_looked_up_values_is_read_before_it_is_returned(check_pass: CheckPass) -> None:
+
+def test_a_long_sum_of_looked_up_values_is_read_before_it_is_returned(
+    check_pass: CheckPass,
+) -> None:
     check_pass(
         InsertRefreshes(),
         lambda b, x: b.linear(b.apply(x, EXP), torch.ones(20, 2)),

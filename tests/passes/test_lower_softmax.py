@@ -9,6 +9,7 @@ from tests.conftest import CheckPass
 
 S = torch.linspace(-1, 1, 9).view(3, 3)
 
+
 def test_a_causal_softmax_gathers_its_live_pairs(check_pass: CheckPass) -> None:
     check_pass(
         LowerSoftmax(),

@@ -50,7 +50,9 @@ def test_refuses_all_unsupported_operators_at_once() -> None:
     with pytest.raises(UnsupportedOpError) as error:
         Normalize().run(program)
     text = str(error.value)
-    assert text.startswith("region: 2 operator(s) cannot run on encrypted data.\n  aten.sort.default")
+    assert text.startswith(
+        "region: 2 operator(s) cannot run on encrypted data.\n  aten.sort.default"
+    )
     assert "aten.cumsum.default" in text
     assert "programs.py:" in text
     assert text.endswith(

@@ -147,9 +147,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         other = rng.randrange(len(values))
         arguments = (last, other) if kind == "p" else (last,)
         step = MAKERS[kind](rng, *[values[i][0] for i in arguments])
-        new = torch.stack(
-            [step(*row) for row in zip(*[values[i] for i in arguments], strict=True)]
-        )
+        new = torch.stack([step(*row) for row in zip(*[values[i] for i in arguments], strict=True)])
         if new.abs().max() > 30 or new.std() < 0.05 or new[0].numel() > 40:
             continue
         steps.append((step, arguments))

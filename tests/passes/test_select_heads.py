@@ -51,5 +51,7 @@ def test_refuses_heads_that_do_not_exist(heads: tuple[int, ...]) -> None:
 
 def test_refuses_a_part_without_attention() -> None:
     program = program_from(torch.nn.Linear(8, 8), SAMPLES)
-    with pytest.raises(TargetError, match=r"region holds no attention with several heads, so heads"):
+    with pytest.raises(
+        TargetError, match=r"region holds no attention with several heads, so heads"
+    ):
         Pipeline((Normalize(), SelectHeads((0,)))).run(program)

@@ -9,10 +9,13 @@ from tests.conftest import CheckPass
 
 X = torch.linspace(-1, 1, 6).view(2, 3)
 
+
 def test_gathered_scores_become_products_of_gathered_rows(check_pass: CheckPass) -> None:
     check_pass(
         SinkPairs(),
-        lambda b, x, y: b.take_pairs(b.matmul(x, b.transpose(y, 0, 1)), torch.tensor([1, 1]), torch.tensor([0, 1])),
+        lambda b, x, y: b.take_pairs(
+            b.matmul(x, b.transpose(y, 0, 1)), torch.tensor([1, 1]), torch.tensor([0, 1])
+        ),
         inputs=[X, X + 1],
         before="""
             %0 = input()
@@ -38,7 +41,9 @@ def test_gathered_scores_become_products_of_gathered_rows(check_pass: CheckPass)
 def test_a_scattered_matrix_times_a_matrix_sums_its_pairs(check_pass: CheckPass) -> None:
     check_pass(
         SinkPairs(),
-        lambda b, x, y: b.matmul(b.put_pairs(x, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2, 2), y),
+        lambda b, x, y: b.matmul(
+            b.put_pairs(x, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2, 2), y
+        ),
         inputs=[X[0], X],
         before="""
             %0 = input()

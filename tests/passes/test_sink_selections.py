@@ -10,6 +10,7 @@ from tests.conftest import CheckPass
 X = torch.linspace(-1, 1, 6).view(2, 3)
 W = torch.arange(12.0).view(3, 4)
 
+
 def test_a_selected_column_narrows_the_weights(check_pass: CheckPass) -> None:
     check_pass(
         SinkSelections(),
@@ -29,7 +30,9 @@ def test_a_selected_column_narrows_the_weights(check_pass: CheckPass) -> None:
     )
 
 
-def test_a_selection_goes_through_a_view_that_takes_a_dimension_apart(check_pass: CheckPass) -> None:
+def test_a_selection_goes_through_a_view_that_takes_a_dimension_apart(
+    check_pass: CheckPass,
+) -> None:
     check_pass(
         SinkSelections(),
         lambda b, x: b.index_select(b.view(b.linear(x, W), (2, 2, 2)), 1, torch.tensor([1])),

@@ -10,6 +10,7 @@ from tests.conftest import CheckPass
 EXP = torch.ops.aten.exp.default
 X = torch.linspace(-1, 1, 6).view(2, 3)
 
+
 def test_an_input_of_a_weighted_sum_and_of_a_result_is_sent_twice(check_pass: CheckPass) -> None:
     check_pass(
         SplitInputs(),

@@ -39,9 +39,13 @@ class ConcreteBackend:
         configuration = fhe.Configuration(
             p_error=program.options.p_error,
             compress_input_ciphertexts=True,
-            show_graph=False, show_mlir=False, show_optimizer=False, show_progress=False,
+            show_graph=False,
+            show_mlir=False,
+            show_optimizer=False,
+            show_progress=False,
             verbose=False,
-            dump_artifacts_on_unexpected_failures=False, use_insecure_key_cache=False,
+            dump_artifacts_on_unexpected_failures=False,
+            use_insecure_key_cache=False,
         )
         function = emit_function(program)
         function.__signature__ = _signature(names)  # type: ignore[attr-defined]

@@ -33,7 +33,6 @@ _LOCK = threading.Lock()
 
 def emit_function(program: Program) -> Callable[..., Any]:
     """Return a function of the program's placeholders that Concrete can trace."""
-
     names = [n.name for n in program.placeholders]
 
     def function(*args: Any, **inputs: Any) -> Any:
@@ -124,12 +123,12 @@ class _Emitter(fx.Interpreter):
             return self._lookup(n, x, *args[1:])
         raise BackendError(f"The Concrete backend cannot emit {operator_name(n)}.")
 
-    def _lookup(
-        self, n: fx.Node, x: Any, tables: Any, which: Any, bits: int, lsbs: int
-    ) -> Any:
+    def _lookup(self, n: fx.Node, x: Any, tables: Any, which: Any, bits: int, lsbs: int) -> Any:
         if lsbs:
             x = fhe.round_bit_pattern(
-                x, lsbs_to_remove=lsbs, exactness=fhe.Exactness.APPROXIMATE,
+                x,
+                lsbs_to_remove=lsbs,
+                exactness=fhe.Exactness.APPROXIMATE,
                 overflow_protection=False,
             )
             if isinstance(x, fhe.tracing.Tracer):
@@ -146,5 +145,3 @@ class _Emitter(fx.Interpreter):
 
         table.__name__ = "table"
         return fhe.univariate(table)(x)
-
-

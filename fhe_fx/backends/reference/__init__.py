@@ -48,5 +48,7 @@ class ReferenceBackend:
             BackendError: if the program is not in the integer stage.
         """
         if "integer" not in program.properties:
-            raise BackendError(f"{program.name} is not lowered to integers; run the pipeline first.")
+            raise BackendError(
+                f"{program.name} is not lowered to integers; run the pipeline first."
+            )
         return ReferenceCircuit(program)

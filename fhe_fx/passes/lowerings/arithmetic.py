@@ -1,0 +1,277 @@
+"""Lowerings of sums, factors, elementwise functions and reductions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fhe_fx.ir.build import Builder, elementwise
+from fhe_fx.passes.lowerings.registry import (
+    LOWERINGS,
+    Lowering,
+    Unsupported,
+    Value,
+    aten,
+    fit,
+    is_encrypted,
+    register_lowering,
+    shape_of,
+)
+
+# Arithmetic ---------------------------------------------------------------------------------
+
+
+@register_lowering(aten.add.Tensor, aten.add.Scalar)
+def add(b: Builder, x: Value, y: Value, alpha: float = 1) -> fx.Node:
+    """Add; a clear operand is a shift."""
+    if alpha != 1:
+        y = b.scale(y, alpha) if is_encrypted(y) else y * alpha
+    if is_encrypted(x) and is_encrypted(y):
+        return b.add(x, y)
+    if is_encrypted(y):
+        x, y = y, x
+    return b.shift(fit(b, x, y), y)
+
+
+@register_lowering(aten.sub.Tensor, aten.sub.Scalar)
+def sub(b: Builder, x: Value, y: Value, alpha: float = 1) -> fx.Node:
+    """Subtract."""
+    if is_encrypted(x) and is_encrypted(y) and alpha == 1:
+        return b.sub(x, y)
+    return add(b, x, y, alpha=-alpha)
+
+
+@register_lowering(aten.rsub.Tensor, aten.rsub.Scalar)
+def rsub(b: Builder, x: Value, y: Value, alpha: float = 1) -> fx.Node:
+    """Subtract x from y."""
+    return sub(b, y, x, alpha=alpha)
+
+
+@register_lowering(aten.neg.default)
+def neg(b: Builder, x: fx.Node) -> fx.Node:
+    """Negate."""
+    return b.scale(x, -1.0)
+
+
+@register_lowering(aten.mul.Tensor, aten.mul.Scalar)
+def mul(b: Builder, x: Value, y: Value) -> fx.Node:
+    """Multiply; a clear operand is a scale, the same tensor twice a square."""
+    if x is y:
+        return b.apply(x, aten.pow.Tensor_Scalar, 2)
+    if is_encrypted(x) and is_encrypted(y):
+        return b.mul(x, y)
+    if is_encrypted(y):
+        x, y = y, x
+    return b.scale(fit(b, x, y), y)
+
+
+@register_lowering(aten.div.Tensor, aten.div.Scalar)
+def div(b: Builder, x: Value, y: Value) -> fx.Node:
+    """Divide; by an encrypted tensor, multiply by its reciprocal."""
+    if not is_encrypted(y):
+        return mul(b, x, 1.0 / torch.as_tensor(y, dtype=torch.float32))
+    return mul(b, x, b.apply(y, aten.reciprocal.default))
+
+
+@register_lowering(aten.pow.Tensor_Scalar)
+def pow_(b: Builder, x: fx.Node, exponent: float) -> fx.Node:
+    """Raise to a constant power."""
+    return x if exponent == 1 else b.apply(x, aten.pow.Tensor_Scalar, exponent)
+
+
+@register_lowering(aten.pow.Tensor_Tensor, aten.pow.Scalar)
+def pow_tensor(b: Builder, x: Value, y: Value) -> fx.Node:
+    """Raise a constant number to an encrypted power, or the reverse."""
+    if is_encrypted(x) and is_encrypted(y):
+        raise Unsupported("base and exponent are both encrypted")
+    if is_encrypted(x):
+        return b.apply(fit(b, x, y), aten.pow.Tensor_Tensor, y)
+    base = torch.as_tensor(x, dtype=torch.float32)
+    if bool((base <= 0).any()):
+        raise Unsupported("the base of an encrypted power is not positive")
+    return b.apply(mul(b, y, base.log()), aten.exp.default)
+
+
+@register_lowering(aten.where.self)
+def where(b: Builder, condition: Value, x: Value, y: Value) -> fx.Node:
+    """Choose by a mask: one operand times the mask, plus the other times its inverse."""
+    if is_encrypted(condition):  # zeros and ones; fused to one table if all depends on one tensor
+        return add(b, mul(b, x, condition), mul(b, y, rsub(b, condition, 1.0)))
+    mask = condition.to(torch.float32)
+    if is_encrypted(x) and is_encrypted(y):
+        return add(b, mul(b, x, mask), mul(b, y, 1 - mask))
+    if is_encrypted(y):
+        x, y, condition, mask = y, x, ~condition, 1 - mask
+    fill = torch.where(condition, torch.zeros(()), torch.as_tensor(y, dtype=torch.float32))
+    return add(b, mul(b, x, mask), fill)
+
+
+COMPARISONS = (
+    aten.gt.Scalar,
+    aten.ge.Scalar,
+    aten.lt.Scalar,
+    aten.le.Scalar,
+    aten.eq.Scalar,
+    aten.ne.Scalar,
+)
+"""Steps at a constant number: zeros and ones."""
+
+
+def _comparison(op: Any) -> Lowering:
+    def rule(b: Builder, x: fx.Node, number: float) -> fx.Node:
+        step = elementwise((op, (number,), {}), (aten.to.dtype, (torch.float32,), {}))
+        return b.map(x, step, "step")
+
+    return rule
+
+
+for _op in COMPARISONS:
+    LOWERINGS[_op] = _comparison(_op)
+
+
+@register_lowering(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def masked_fill(b: Builder, x: fx.Node, mask: Value, value: Value) -> fx.Node:
+    """Overwrite where a constant mask is true."""
+    if is_encrypted(mask):
+        return where(b, mask, value, x)
+    return where(b, ~mask, x, value)
+
+
+# Elementwise functions ----------------------------------------------------------------------
+
+UNARY = (
+    aten.exp.default,
+    aten.exp2.default,
+    aten.expm1.default,
+    aten.log.default,
+    aten.log1p.default,
+    aten.log2.default,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.reciprocal.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+    aten.erf.default,
+    aten.gelu.default,
+    aten.silu.default,
+    aten.relu.default,
+    aten.abs.default,
+    aten.sin.default,
+    aten.cos.default,
+    aten.softplus.default,
+    aten.elu.default,
+    aten.leaky_relu.default,
+    aten.hardtanh.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.mish.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
+    aten.square.default,
+    aten.log_sigmoid.default,
+    aten.atan.default,
+    aten.selu.default,
+    aten.celu.default,
+)
+"""Functions of one tensor whose other arguments are numbers: one table each."""
+
+
+def _unary(op: Any) -> Lowering:
+    def rule(b: Builder, x: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
+        return b.apply(x, op, *args, **kwargs)
+
+    return rule
+
+
+for _op in UNARY:
+    LOWERINGS[_op] = _unary(_op)
+
+
+# Reductions ---------------------------------------------------------------------------------
+
+
+@register_lowering(aten.sum.dim_IntList, aten.sum.default)
+def sum_(
+    b: Builder, x: fx.Node, dims: Sequence[int] | None = None, keepdim: bool = False, **_: Any
+) -> fx.Node:
+    """Sum."""
+    return b.sum(x, list(dims) if dims else range(len(shape_of(x))), keepdim)
+
+
+@register_lowering(aten.mean.dim, aten.mean.default)
+def mean(
+    b: Builder, x: fx.Node, dims: Sequence[int] | None = None, keepdim: bool = False, **_: Any
+) -> fx.Node:
+    """Average."""
+    total = sum_(b, x, dims, keepdim)
+    return b.scale(total, math.prod(shape_of(total)) / math.prod(shape_of(x)))
+
+
+@register_lowering(aten.var.correction)
+def var(
+    b: Builder,
+    x: fx.Node,
+    dims: Sequence[int] | None = None,
+    *,
+    correction: float | None = 1,
+    keepdim: bool = False,
+) -> fx.Node:
+    """Average the squares of the deviations."""
+    correction = 1 if correction is None else correction
+    centred = b.sub(x, mean(b, x, dims, True))
+    total = sum_(b, b.apply(centred, aten.pow.Tensor_Scalar, 2), dims, keepdim)
+    n = math.prod(shape_of(x)) // math.prod(shape_of(total))
+    if n <= correction:
+        raise Unsupported(f"a variance of {n} values with correction {correction} is undefined")
+    return b.scale(total, 1.0 / (n - correction))
+
+
+@register_lowering(aten.var.dim)
+def var_dim(
+    b: Builder, x: fx.Node, dims: Sequence[int], unbiased: bool = True, keepdim: bool = False
+) -> fx.Node:
+    """Average the squares of the deviations."""
+    return var(b, x, dims, correction=float(unbiased), keepdim=keepdim)
+
+
+@register_lowering(aten.native_layer_norm.default)
+def native_layer_norm(
+    b: Builder, x: fx.Node, shape: Sequence[int], weight: Value, bias: Value, eps: float
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Centre, divide by the standard deviation, scale and shift by clear vectors."""
+    dims = list(range(-len(shape), 0))
+    average = mean(b, x, dims, True)
+    centred = b.sub(x, average)
+    variance = mean(b, b.apply(centred, aten.pow.Tensor_Scalar, 2), dims, True)
+    inverse = b.apply(b.shift(variance, eps), aten.rsqrt.default)
+    y = b.mul(centred, inverse)
+    y = y if weight is None else mul(b, y, weight)
+    return (y if bias is None else add(b, y, bias)), average, inverse
+
+
+@register_lowering(aten.native_group_norm.default)
+def native_group_norm(
+    b: Builder,
+    x: fx.Node,
+    weight: Value,
+    bias: Value,
+    n: int,
+    channels: int,
+    size: int,
+    groups: int,
+    eps: float,
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Layer norm of each group of channels, then a scale and a shift for each channel."""
+    shape = shape_of(x)
+    flat = b.view(x, (n, groups, channels // groups * size))
+    y, average, inverse = native_layer_norm(b, flat, [channels // groups * size], None, None, eps)
+    y = b.view(y, shape)
+    each = (channels,) + (1,) * (len(shape) - 2)
+    y = y if weight is None else mul(b, y, weight.view(each))
+    y = y if bias is None else add(b, y, bias.view(each))
+    return y, b.view(average, (n, groups)), b.view(inverse, (n, groups))
