@@ -47,7 +47,8 @@ class SelectHeads(Pass):
         if not cores:
             raise TargetError(
                 f"{program.name} holds no attention with several heads, so "
-                f"heads={list(self.heads)} selects nothing. Leave heads out, or choose an attention module."
+                f"heads={list(self.heads)} selects nothing. "
+                "Leave heads out, or choose an attention module."
             )
         chosen = [self._split(program, core) for core in cores]
         program.clean()
