@@ -19,15 +19,16 @@ def check_destination(directory: str | Path, files: Collection[str]) -> None:
     """Check that an artefact may be written to `directory`.
 
     Args:
-        directory: where; its parent exists.
+        directory: where; missing parents are made when it is written.
         files: names of the files of an artefact beside its manifest.
 
     Raises:
         ArtifactError: if it is a file, or holds anything but an artefact of ours.
     """
-    directory = Path(directory)
-    if not directory.parent.is_dir():
-        raise ArtifactError(f"There is no directory {directory.parent} to write to.")
+    directory = Path(directory).resolve()
+    existing = next(p for p in (directory, *directory.parents) if p.exists())
+    if existing != directory and not existing.is_dir():
+        raise ArtifactError(f"{existing} is a file, so {directory} cannot be made in it.")
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -58,7 +59,7 @@ def new_directory(directory: str | Path, files: Collection[str]) -> Iterator[Pat
     check_destination(final, files)
     token = secrets.token_hex(4)
     partial = final.with_name(f".{final.name}.partial-{token}")
-    partial.mkdir()
+    partial.mkdir(parents=True)
     try:
         yield partial
         check_destination(final, files)
