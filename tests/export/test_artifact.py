@@ -237,8 +237,10 @@ def test_only_an_artefact_is_replaced(region: Region, copy: Path) -> None:
     (copy / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match=r"is not replaced: .* has no manifest"):
         export_region(region, copy, validate=False)
-    with pytest.raises(ArtifactError, match="There is no directory"):
-        export_region(region, copy / "a" / "b")
+    with pytest.raises(ArtifactError, match=r"graph\.txt is a file, so .* cannot be made in it"):
+        export_region(region, copy / "graph.txt" / "b")
+    export_region(region, copy.parent / "made" / "deep", validate=False)
+    assert read_manifest(copy.parent / "made" / "deep")
     with pytest.raises(ArtifactError, match="is a file; give the name of a directory"):
         export_region(region, copy / "graph.txt")
 
