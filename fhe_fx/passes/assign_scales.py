@@ -176,10 +176,16 @@ class _State:
             else:
                 unit = (weight.abs() * s_in[..., :1, :].transpose(-2, -1)).amax(-2, keepdim=True)
                 unit = unit.expand(d.shape_of(node))
-            need = (self.range[out] * least / unit.clamp_min(1e-300)).log2().ceil()
-            usual = float(need[unit > 0].double().quantile(0.75)) if bool((unit > 0).any()) else 0.0
-            bits = need.clamp(max=usual).long().reshape(-1)
-            self.width.scatter_reduce_(0, out.reshape(-1), bits, "amax")
+            # Where channels share a scale, the largest weight among them counts: the others are
+            # added to it, and their rounding is as small beside the sum.
+            largest = torch.zeros_like(self.range)
+            largest.scatter_reduce_(0, out.reshape(-1), unit.reshape(-1), "amax")
+            present = largest > 0
+            if not bool(present.any()):
+                continue
+            need = (self.range[present] * least / largest[present]).log2().ceil()
+            usual = float(need.quantile(0.75))
+            self.width[present] = torch.maximum(self.width[present], need.clamp(max=usual).long())
 
     def encoding_widths(self) -> dict[int, int]:
         """Return the width of each encoding: the widest of its classes."""
