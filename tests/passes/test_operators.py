@@ -128,7 +128,10 @@ CASES = [
     Case("softplus", F.softplus),
     Case("where_of_itself", lambda x: torch.where(x > 0.3, x, 0.1 * x**2)),
     Case("where_encrypted", lambda x, y: torch.where(x > 0, x, y), TWO),
-    Case("masked_fill_encrypted", lambda x: x.masked_fill(x < 0, 1.5), bound=0.15),  # a jump
+    # A jump of 1.5 at 0, read in slots of a 256th of a range of 5: a value in the slot of the jump
+    # is off by 0.75. Estimated, that is 0.08 of the deviation, rms, and 0.10 with the rounding of
+    # the input; 0.103 was measured.
+    Case("masked_fill_encrypted", lambda x: x.masked_fill(x < 0, 1.5), bound=0.15),
     Case("sqrt_at_zero", lambda x: torch.sqrt(x.abs())),
     Case("log_near_zero", lambda x: torch.log(x - 0.49), positive=(0,)),
     Case("rsqrt_near_zero", lambda x: torch.rsqrt(x - 0.49) + x @ x.mT @ x / 10, positive=(0,)),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 -- PyTorch's own habit
 from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -162,8 +163,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
 def _is_well_conditioned(recipe: Recipe) -> bool:
     """Say whether noise of one part in a hundred of each value's range leaves the result alone.
 
-    A ReLU of values that are nearly all negative has a result far smaller than what it reads: no
-    quantization of the latter can be near in parts of the former.
+    This leaves out programs on which lowering fails today, and is a gap, not a licence. Of 150
+    drawn, 10 are left out, and 3 are off by more than the bound; all 3 are layer norms of two or
+    three channels (see the expected failure below). One of the 3 is not left out by this rule,
+    which does not disturb the inputs: it is not among the 50 that the test draws.
     """
     samples = recipe.samples()
     exact = [torch.stack(v) for v in zip(*samples, strict=True)]
@@ -206,3 +209,20 @@ def test_concrete_gives_the_integers_of_the_reference(recipe: Recipe) -> None:
         inputs = encode(program, program.samples[0], gain)
         for a, b in zip(reference.clear(inputs), circuit.clear(inputs), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a row of nearly no variance makes its normalization leave its range"
+)
+def test_a_layer_norm_of_a_nearly_constant_row_stays_in_its_range() -> None:
+    """One row has a variance of 1e-5, so its rsqrt is 237 where that of the others is about 1.
+
+    The factor and the deviations are rounded apart, so their product is not bounded as y is: its
+    error is the rounding of the input times 237, and grows with n_bits as the factor is met better.
+    """
+    samples = [(x,) for x in seeded((1, 2, 2), seed=700)]
+    program = program_from(lambda x: F.layer_norm(x, (2,)), samples, n_bits=8)
+    (expected,) = lower(program)
+    (found,) = run_integers(program, program.samples)
+    assert float(expected.abs().max()) <= 1.001
+    assert float(found.abs().max()) <= 1.5
