@@ -19,7 +19,7 @@ from fhe_fx.ir.ops import (
     TAKE_PAIRS,
 )
 
-__all__ = ["PROVENANCE", "Builder", "elementwise"]
+__all__ = ["PROVENANCE", "Builder", "compact", "elementwise"]
 
 PROVENANCE = ("module_path", "source", "made_by")
 """Keys of `node.meta` that say where a node comes from."""
@@ -47,6 +47,16 @@ def elementwise(*steps: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> fx.Graph
         value = graph.call_function(target, (value, *rest), kwargs)
     graph.output(value)
     return fx.GraphModule(root, graph)
+
+
+def compact(values: Tensor) -> Tensor:
+    """Return values as float32, with size one where they do not vary along a dimension."""
+    values = values.float()
+    for dim in range(values.dim()):
+        first = values.narrow(dim, 0, 1)
+        if torch.equal(first.expand(values.shape), values):
+            values = first
+    return values
 
 
 class Builder:

@@ -31,6 +31,8 @@ __all__ = [
     "SUB",
     "SUM",
     "VIEW",
+    "along_moves",
+    "before_moves",
     "constant",
     "evaluate",
     "input_node",
@@ -110,6 +112,24 @@ def operands(node: fx.Node) -> list[fx.Node]:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Return the shape of the value of `node`."""
     return tuple(node.meta["val"].shape)
+
+
+def before_moves(node: fx.Node) -> fx.Node:
+    """Return the node whose elements `node` only moves, repeats or drops."""
+    while is_call(node, *STRUCTURAL) and not is_call(node, CAT):
+        node = input_node(node)
+    return node
+
+
+def along_moves(node: fx.Node, source: fx.Node, value: Tensor) -> Tensor:
+    """Move `value`, of the shape of `source`, as the path from there to `node` does."""
+    moves = []
+    while node is not source:
+        moves.append(node)
+        node = input_node(node)
+    for move in reversed(moves):
+        value = evaluate(move, value)
+    return value
 
 
 def evaluate(node: fx.Node, *values: Tensor) -> Tensor:

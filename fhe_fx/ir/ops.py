@@ -11,6 +11,8 @@ Every operator has a meaning in eager PyTorch, so a program of either stage simp
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ __all__ = [
     "PUT_PAIRS",
     "SCALE",
     "SHIFT",
+    "TABULATED",
     "TAKE_PAIRS",
 ]
 
@@ -59,6 +62,21 @@ def _scale(x: Tensor, factor: Tensor) -> Tensor:
 
 @_scale.register_fake
 def _(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("fhe_fx::tabulated", mutates_args=())
+def _tabulated(x: Tensor) -> Tensor:
+    """Inside a map: the one value that a table holds for all inputs of a slot; in float, x itself.
+
+    A table holds the mean of its function over a slot. Where g(f(x)) must agree with f(x) as
+    another table of the same x holds it, the function is g(tabulated(f(x))): the mean inside.
+    """
+    return x.clone()
+
+
+@_tabulated.register_fake
+def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -164,8 +182,55 @@ ENTER = torch.ops.fhe_fx.enter.default
 LEAVE = torch.ops.fhe_fx.leave.default
 SCALE = torch.ops.fhe_fx.scale.default
 SHIFT = torch.ops.fhe_fx.shift.default
+TABULATED = torch.ops.fhe_fx.tabulated.default
 LINEAR = torch.ops.fhe_fx.linear.default
 TAKE_PAIRS = torch.ops.fhe_fx.take_pairs.default
 PUT_PAIRS = torch.ops.fhe_fx.put_pairs.default
 MASKED_SOFTMAX = torch.ops.fhe_fx.masked_softmax.default
 LOOKUP = torch.ops.fhe_fx.lookup.default
+
+
+# Gradients ----------------------------------------------------------------------------------
+# Float programs are differentiable in their encrypted tensors: passes weigh errors by them.
+
+
+def _keep_constants(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.shape, ctx.constants = inputs[0].shape, inputs[1:]
+
+
+def _scale_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return grad * ctx.constants[0], None
+
+
+def _shift_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return grad, None
+
+
+def _tabulated_backward(ctx: Any, grad: Tensor) -> Tensor:
+    return grad
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return torch.matmul(grad, ctx.constants[0].to(grad.dtype).mT).sum_to_size(ctx.shape), None
+
+
+def _take_pairs_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    rows, columns = ctx.constants
+    flat = grad.new_zeros((*ctx.shape[:-2], ctx.shape[-2] * ctx.shape[-1]))
+    return flat.index_add(-1, rows * ctx.shape[-1] + columns, grad).view(ctx.shape), None, None
+
+
+def _put_pairs_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    rows, columns, *_ = ctx.constants
+    return grad[..., rows, columns], None, None, None, None
+
+
+_tabulated.register_autograd(_tabulated_backward)
+for _operator, _backward in (
+    (_scale, _scale_backward),
+    (_shift, _shift_backward),
+    (_linear, _linear_backward),
+    (_take_pairs, _take_pairs_backward),
+    (_put_pairs, _put_pairs_backward),
+):
+    _operator.register_autograd(_backward, setup_context=_keep_constants)

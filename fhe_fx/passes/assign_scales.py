@@ -42,22 +42,25 @@ class AssignScales(Pass):
 
     name: ClassVar[str] = "assign-scales"
     requires: ClassVar[frozenset[str]] = frozenset(
-        {"calibrated", "fused", "bits", "no-products", "no-softmax", "no-pairs", "inputs-split"}
+        {
+            "bits",
+            "calibrated",
+            "fused",
+            "inputs-split",
+            "no-pairs",
+            "no-products",
+            "no-softmax",
+            "ranges",
+        }
     )
     gives: ClassVar[frozenset[str]] = frozenset({"scales"})
 
     guard_bits: int = 6
     """Bits of an accumulator below what its look-up reads: the sum of the roundings of many table
     results stays far below one slot."""
-    margin: float = 0.02
-    """Room beyond the calibrated range, as a part of it. Beyond that room tables continue
-    anti-periodically, so more would cost precision and buy nothing."""
-
     input_margin: float = 0.25
-    """The same for an input, which the client clips: linear precision is free."""
-    refresh_margin: float = 0.25
-    """The same where the function is the identity. Its table reflects beyond its ends instead of
-    going on as a square does, so rare values need the room itself."""
+    """Room beyond the calibrated range of an input that only weights read, as a part of it. The
+    client clips there: linear precision is free."""
 
     def run(self, program: Program) -> bool:
         """Find ranges, then widths, then scales.
@@ -123,13 +126,20 @@ class _State:
         self.range[present] = torch.maximum(self.range, (high - low) * room)[present]
         return present
 
+    def _read_chosen(self, node: fx.Node) -> Tensor:
+        """Raise the range of the classes of `node` to what was chosen for its look-ups."""
+        low, high = node.meta["range"]
+        index = self.classes.of[node].reshape(-1)
+        self.range.scatter_reduce_(0, index, (high - low).reshape(-1), "amax")
+        present = torch.zeros_like(self.is_looked_up)
+        present[index] = True
+        return present
+
     def read_ranges(self) -> None:
         """Read ranges where values are looked up, returned, or multiplied by weights."""
         options = self.program.options
         for node in self.program.maps():
-            is_refresh = not any(n.op == "call_function" for n in d.map_of(node).graph.nodes)
-            margin = self.settings.refresh_margin if is_refresh else self.settings.margin
-            present = self._read(d.input_node(node), 1 + margin)
+            present = self._read_chosen(d.input_node(node))
             bits = int(node.meta["lookup_bits"]) + self.settings.guard_bits
             self.width[present] = self.width[present].clamp_min(bits)
             self.is_looked_up |= present
@@ -144,8 +154,7 @@ class _State:
             index = torch.unique(self.classes.of[source])
             index = index[~(self.is_looked_up | self.is_result)[index]]
             before = self.range.clone()
-            settings = self.settings
-            margin = settings.input_margin if _is_input(source) else settings.margin
+            margin = self.settings.input_margin if _is_input(source) else 0.0
             present = self._read(source, 1 + margin)
             keep = torch.ones_like(present)
             keep[index] = False
@@ -206,6 +215,4 @@ class _State:
 
 def _is_input(node: fx.Node) -> bool:
     """Say whether a node is an input, moved."""
-    while d.is_call(node, *d.STRUCTURAL) and not d.is_call(node, d.CAT):
-        node = d.input_node(node)
-    return node.op == "placeholder"
+    return d.before_moves(node).op == "placeholder"

@@ -30,6 +30,9 @@ class Pass:
     requires: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
+    is_exact: ClassVar[bool] = True
+    """Whether the float program computes the same after it, up to float rounding. The docstring of
+    a pass that is not exact states what it changes, and why the result is the better for it."""
 
     def run(self, program: Program) -> bool:
         """Apply the pass in place.

@@ -24,14 +24,9 @@ from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.quant.ranges import class_ends
-from fhe_fx.quant.tables import build_tables
+from fhe_fx.quant.tables import ROOM, build_tables
 
 __all__ = ["LowerToIntegers"]
-
-
-_TABLE_ROOM = 0.05
-"""How far a table may answer beyond the calibrated range of its results, as a part of it. Inputs
-beyond theirs may lead to a pole; its value would wrap in the accumulator that reads it."""
 
 
 @register
@@ -40,7 +35,7 @@ class LowerToIntegers(Pass):
     """Emit the integer program and attach a value type to each of its nodes."""
 
     name: ClassVar[str] = "lower-to-integers"
-    requires: ClassVar[frozenset[str]] = frozenset({"scales", "calibrated"})
+    requires: ClassVar[frozenset[str]] = frozenset({"scales", "calibrated", "ranges"})
     gives: ClassVar[frozenset[str]] = frozenset({"integer"})
     breaks: ClassVar[frozenset[str]] = frozenset({"normal", "calibrated", "scales", "fused"})
 
@@ -115,9 +110,14 @@ class _Lowering:
             new = self.module.graph.placeholder(node.name)
         new.meta.update(node.meta, val=node.meta["val"].to(torch.int64))
         new.meta.pop("bounds", None)
-        values = self.program.observed[node.name].double()
-        low, high = values.amin(0), values.amax(0)
-        low, high = _over_rows(low, torch.amin), _over_rows(high, torch.amax)
+        if "range" in node.meta:
+            low, high = node.meta["range"]
+        else:
+            values = self.program.observed[node.name].double()
+            low, high = (
+                _over_rows(values.amin(0), torch.amin),
+                _over_rows(values.amax(0), torch.amax),
+            )
         offset = ((low + high) / 2).expand(scale.shape)
         span = float(((high - low) / scale.abs()).max())
         bits = max(2, int(torch.tensor(max(span, 2.0)).log2().ceil()))
@@ -138,7 +138,7 @@ class _Lowering:
         source = d.input_node(node)
         x, accumulator = self.values[source], int(source.meta["width"])
         bits = int(node.meta["lookup_bits"])
-        low, high = _class_range(self.program, source)
+        low, high = source.meta["range"]
         room = ((1 << accumulator) * x.scale.abs() / (high - low).clamp_min(1e-300)).floor()
         times = room.clamp(1, 1 << 16).long()
         if bool((times > 1).any()):
@@ -147,9 +147,9 @@ class _Lowering:
         x = self._centre(builder, x, low, high, accumulator)
         function = d.map_of(node)
         least, greatest = _class_range(self.program, node)
-        room = (greatest - least) * _TABLE_ROOM
+        room = (greatest - least) * ROOM
         tables = build_tables(
-            lambda v: function(v.float()),
+            function,
             x.offset,
             x.scale * (1 << (accumulator - bits)),
             scale,

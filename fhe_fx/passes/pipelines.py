@@ -6,11 +6,14 @@ from fhe_fx.passes.allot_bits import AllotBits
 from fhe_fx.passes.assign_scales import AssignScales
 from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.calibrate import Calibrate
+from fhe_fx.passes.choose_ranges import ChooseRanges
+from fhe_fx.passes.drop_idle_maps import DropIdleMaps
 from fhe_fx.passes.expand_matmuls import ExpandMatmuls
 from fhe_fx.passes.fold_scales import FoldScales
 from fhe_fx.passes.fuse_maps import FuseMaps
 from fhe_fx.passes.hoist_maps import HoistMaps
 from fhe_fx.passes.insert_refreshes import InsertRefreshes
+from fhe_fx.passes.limit_factors import LimitFactors
 from fhe_fx.passes.lower_softmax import LowerSoftmax
 from fhe_fx.passes.lower_to_integers import LowerToIntegers
 from fhe_fx.passes.normalize import Normalize
@@ -45,7 +48,12 @@ def default_pipeline() -> Pipeline:
             HoistMaps(),
             # No product of two encrypted tensors.
             Calibrate(),
+            LimitFactors(),
+            FuseMaps(),
+            Calibrate(),
             ProductsToSquares(),
+            Calibrate(),
+            DropIdleMaps(),
             FoldScales(),
             FuseMaps(),
             HoistMaps(),
@@ -56,6 +64,7 @@ def default_pipeline() -> Pipeline:
             UntieScales(),
             Calibrate(),
             AllotBits(),
+            ChooseRanges(),
             AssignScales(),
             LowerToIntegers(),
         )

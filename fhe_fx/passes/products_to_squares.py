@@ -20,8 +20,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.build import elementwise
-from fhe_fx.ir.ops import PUT_PAIRS, TAKE_PAIRS
+from fhe_fx.ir.build import compact, elementwise
+from fhe_fx.ir.ops import PUT_PAIRS, TABULATED, TAKE_PAIRS
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.quant.classes import Classes, find_classes
@@ -74,12 +74,12 @@ class ProductsToSquares(Pass):
         return _Plan(
             left,
             right,
-            _compact(alpha[classes.of[left.root]]),
-            _compact(beta[classes.of[right.root]]),
-            _compact(means[group]),
-            _compact(means[_first(group_of[a], left)]),
-            _compact(means[_first(group, right)]),
-            _compact(1.0 / (alpha[a] * beta[b])),
+            compact(alpha[classes.of[left.root]]),
+            compact(beta[classes.of[right.root]]),
+            compact(means[group]),
+            compact(means[_first(group_of[a], left)]),
+            compact(means[_first(group, right)]),
+            compact(1.0 / (alpha[a] * beta[b])),
         )
 
     def _rewrite(
@@ -91,10 +91,10 @@ class ProductsToSquares(Pass):
         u = b.add(plan.left.move(b, a1), plan.right.move(b, b1))
         square = b.map(u, _square_around(plan.mean), "square")
         own = [
-            operand.move(b, b.map(x, _own_square(mean), "square"))
-            for operand, x, mean in (
-                (plan.left, a1, plan.mean_left),
-                (plan.right, b1, plan.mean_right),
+            operand.move(b, b.map(x, _own_square(mean, d.is_map(root)), "square"))
+            for operand, root, x, mean in (
+                (plan.left, left, a1, plan.mean_left),
+                (plan.right, right, b1, plan.mean_right),
             )
         ]
         total = b.shift(b.add(b.add(square, own[0]), own[1]), -0.5 * plan.mean.square())
@@ -194,16 +194,6 @@ def _first(group: Tensor, operand: _Operand) -> Tensor:
     return found.view(d.shape_of(operand.root))
 
 
-def _compact(values: Tensor) -> Tensor:
-    """Return values as float32, with size one where they do not vary along a dimension."""
-    values = values.float()
-    for dim in range(values.dim()):
-        first = values.narrow(dim, 0, 1)
-        if torch.equal(first.expand(values.shape), values):
-            values = first
-    return values
-
-
 def _square_around(mean: Tensor) -> fx.GraphModule:
     centre = mean.item() if mean.numel() == 1 else mean
     return elementwise(
@@ -213,11 +203,17 @@ def _square_around(mean: Tensor) -> fx.GraphModule:
     )
 
 
-def _own_square(mean: Tensor) -> fx.GraphModule:
-    """Return x -> m x - x^2 / 2, written as m^2 / 2 - (x - m)^2 / 2."""
+def _own_square(mean: Tensor, is_table: bool) -> fx.GraphModule:
+    """Return x -> m x - x^2 / 2, written as m^2 / 2 - (x - m)^2 / 2.
+
+    An operand that a table returns enters the sum as that table holds it. Its square must be of the
+    same value: the mean of x^2 over a slot is larger by the variance of x there, without bound
+    where the table is steep.
+    """
     centre = mean.item() if mean.numel() == 1 else mean
     half = 0.5 * mean.square()
     return elementwise(
+        *([(TABULATED, (), {})] if is_table else []),
         (aten.sub.Tensor, (centre,), {}),
         (aten.pow.Tensor_Scalar, (2,), {}),
         (aten.mul.Tensor, (-0.5,), {}),

@@ -39,7 +39,7 @@ def class_ends(
         low.scatter_reduce_(0, classes.reshape(-1), values.amin(0).reshape(-1).double(), "amin")
         high.scatter_reduce_(0, classes.reshape(-1), values.amax(0).reshape(-1).double(), "amax")
 
-    wide = _before_moves(node)
+    wide = d.before_moves(node)
     include(class_of(wide), program.observed[wide.name])
     rows = _all_rows(program, wide)
     if rows is not None:
@@ -50,24 +50,17 @@ def class_ends(
     return low.masked_fill(absent, torch.inf), high.masked_fill(absent, -torch.inf)
 
 
-def _before_moves(node: fx.Node) -> fx.Node:
-    """Return the node whose elements `node` only moves, repeats or drops."""
-    while d.is_call(node, *d.STRUCTURAL) and not d.is_call(node, d.CAT):
-        node = d.input_node(node)
-    return node
-
-
 def _all_rows(program: Program, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
     """Return the clear-weight product behind `node`, and its values on all rows there are."""
     offset = torch.zeros(())
-    made_by = _before_moves(node)
+    made_by = d.before_moves(node)
     if d.is_call(made_by, SHIFT):
         offset = d.constant(d.input_node(made_by, 1))
         made_by = d.input_node(made_by)
     if not d.is_call(made_by, LINEAR) or offset.numel() not in {1, offset.shape[-1:].numel()}:
         return None
     weight = d.constant(d.input_node(made_by, 1))
-    source = _before_moves(d.input_node(made_by))
+    source = d.before_moves(d.input_node(made_by))
     if weight.dim() != 2 or not _keeps_channels(d.input_node(made_by), source):
         return None
     observed = program.observed[source.name].reshape(-1, weight.shape[0])
@@ -79,11 +72,6 @@ def _keeps_channels(node: fx.Node, source: fx.Node) -> bool:
     width = d.shape_of(source)[-1] if d.shape_of(source) else 0
     if not width or d.shape_of(node)[-1:] != (width,):
         return False
-    moves = []
-    while node is not source:
-        moves.append(node)
-        node = d.input_node(node)
     numbers = torch.arange(width).expand(d.shape_of(source))
-    for move in reversed(moves):
-        numbers = d.evaluate(move, numbers)
+    numbers = d.along_moves(node, source, numbers)
     return torch.equal(numbers, torch.arange(width).expand(numbers.shape))

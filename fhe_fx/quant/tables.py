@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-__all__ = ["Tables", "build_tables"]
+from fhe_fx.ir.ops import TABULATED
 
+__all__ = ["ROOM", "Tables", "build_tables", "slot_mean"]
+
+ROOM = 0.05
+"""How far a table may answer beyond the calibrated range of its results, as a part of it. Inputs
+beyond theirs may lead to a pole; its value would wrap in the accumulator that reads it."""
 _POINTS = 8
 """Points at which a function is averaged over one slot."""
 
@@ -42,7 +48,7 @@ def build_tables(
     value that wraps past the end reads about what it would have read at the end.
 
     Args:
-        function: maps a tensor of the input's shape, element by element.
+        function: as `slot_mean` takes it.
         centre: real input at entry 0, float64, of the input's shape.
         slot: real width of a slot, likewise.
         scale: real value of one unit of the output, likewise.
@@ -52,12 +58,7 @@ def build_tables(
             logarithm below zero); there it answers what it does at the nearest point that has one.
     """
     half = 1 << (bits - 1)
-    inside = (torch.arange(_POINTS, dtype=torch.float64) + 0.5) / _POINTS - 0.5
-    columns = []
-    with torch.no_grad():
-        for r in range(-half, half):
-            points = torch.stack([function(centre + slot * (r + t)).double() for t in inside])
-            columns.append(points.where(points.isfinite(), torch.nan).nanmean(0))
+    columns = [slot_mean(function, centre + slot * r, slot) for r in range(-half, half)]
     values = _continued(torch.stack(columns, -1))
     if bounds is not None:
         values = values.clamp(bounds[0].unsqueeze(-1), bounds[1].unsqueeze(-1))
@@ -65,6 +66,38 @@ def build_tables(
     entries = ((values - constant) / scale.unsqueeze(-1)).round().long()
     distinct, which = torch.unique(entries.reshape(-1, 2 * half), dim=0, return_inverse=True)
     return Tables(distinct, which.view(centre.shape), constant.squeeze(-1))
+
+
+def slot_mean(function: Callable[[Tensor], Tensor], centre: Tensor, slot: Tensor) -> Tensor:
+    """Return the mean of `function` over the slot around each centre, nan where it has no value.
+
+    Args:
+        function: maps a float32 tensor element by element, whose last dimensions are those of
+            `centre`. The graph of a map may hold `tabulated`.
+        centre: middle of the slot, float64.
+        slot: its width, likewise.
+    """
+    inside = (torch.arange(_POINTS, dtype=torch.float64) + 0.5) / _POINTS - 0.5
+    points = (centre + inside.view(-1, *[1] * centre.dim()) * slot).float()
+    with torch.no_grad():
+        if isinstance(function, fx.GraphModule):
+            return _mean(_OverSlot(function).run(points))[0]
+        return _mean(function(points))[0]
+
+
+def _mean(points: Tensor) -> Tensor:
+    """Return the mean over the first dimension of what is finite, float64, that dimension kept."""
+    points = points.double()
+    return points.where(points.isfinite(), torch.nan).nanmean(0, keepdim=True)
+
+
+class _OverSlot(fx.Interpreter):
+    """Runs a function on the points of a slot together, for the means it holds inside."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is TABULATED:
+            return _mean(args[0]).to(args[0].dtype).expand(args[0].shape)
+        return super().call_function(target, args, kwargs)
 
 
 def _continued(values: Tensor) -> Tensor:

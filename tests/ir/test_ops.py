@@ -72,6 +72,26 @@ def test_shapes_are_known_without_values(
 
 
 @pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        (ops.SCALE, (torch.linspace(1, 2, 4),)),
+        (ops.SHIFT, (torch.ones(3, 1),)),
+        (ops.TABULATED, ()),
+        (ops.LINEAR, (torch.randn(4, 5).double(),)),
+        (ops.LINEAR, (torch.randn(2, 4, 5).double(),)),
+        (ops.TAKE_PAIRS, (torch.tensor([0, 1, 1]), torch.tensor([2, 0, 0]))),
+        (ops.PUT_PAIRS, (torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 2, 2]), 2, 3)),
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_finite_differences(
+    op: torch._ops.OpOverload, args: tuple[object, ...]
+) -> None:
+    x = X.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: op(v, *args), (x,))
+
+
+@pytest.mark.parametrize(
     ("low", "high", "bits", "text"),
     [(-128, 127, 8, "int8"), (0, 255, 8, "uint8"), (-1, 0, 1, "int1"), (-9, 3, 5, "int5"),
      (0, 0, 1, "uint1"), (-1, 8, 5, "int5")],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fhe_fx.ir.build import elementwise
+from fhe_fx.ir.ops import TABULATED
 from fhe_fx.quant.tables import Tables, build_tables
 
 BITS = 4
@@ -67,3 +69,14 @@ def test_equal_tables_are_kept_once() -> None:
     tables = build_tables(torch.square, centre, SLOT * one, 1e-4 * one, BITS)
     assert tables.entries.shape == (2, 16)
     assert tables.which[0] == tables.which[2] != tables.which[1]
+
+
+def test_a_tabulated_value_is_the_mean_that_its_own_table_holds() -> None:
+    exp, square = torch.ops.aten.exp.default, torch.ops.aten.square.default
+    inner = real(build(elementwise((exp, (), {}))), 1e-4)
+    outer = real(build(elementwise((exp, (), {}), (TABULATED, (), {}), (square, (), {}))), 1e-4)
+    torch.testing.assert_close(outer, inner.square(), rtol=1e-3, atol=1e-3)
+    without = real(build(elementwise((exp, (), {}), (square, (), {}))), 1e-4)
+    # The variance of exp over a slot, in parts of its square: slot^2 / 12 to first order.
+    more = (without / outer - 1)[8:]
+    assert float((more / (SLOT**2 / 12) - 1).abs().max()) < 0.05

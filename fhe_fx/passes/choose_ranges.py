@@ -1,0 +1,127 @@
+"""Choose the range of every look-up for the least mean error over the calibration samples.
+
+Exact in float: only `node.meta["range"]` is set, on the nodes that maps read. A narrow range has
+narrow slots; a value beyond its end wraps, and reads what the table holds at the other end, turned
+around. For a square that is nearly right and for other tables it may not be, so each end of each
+range is tried at several places, wrapped values and the noise of bootstraps included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.program import Program
+from fhe_fx.passes.base import Pass, register
+from fhe_fx.quant.classes import Classes, find_classes
+from fhe_fx.quant.ranges import class_ends
+from fhe_fx.quant.rounded import rounded_values
+from fhe_fx.quant.sensitivity import sensitivities
+from fhe_fx.quant.wrapping import LookupError
+
+__all__ = ["ChooseRanges"]
+
+_VALUES = 1 << 18
+"""Values from which the error of a look-up is estimated, at most."""
+
+
+@register
+@dataclass(frozen=True)
+class ChooseRanges(Pass):
+    """Set the range of every node that a map reads."""
+
+    name: ClassVar[str] = "choose-ranges"
+    requires: ClassVar[frozenset[str]] = frozenset({"calibrated", "bits", "no-products"})
+    gives: ClassVar[frozenset[str]] = frozenset({"ranges"})
+
+    rooms: tuple[float, ...] = (-0.1, -0.05, 0.0, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8)
+    """How far beyond the observed range an end may lie, in parts of that range."""
+    rarer: float = 1.25
+    """Values are also tried this much farther from the median: there are rarer ones to come."""
+    weight_of_rarer: float = 0.1
+    """Weight of the errors at those."""
+
+    def run(self, program: Program) -> bool:
+        """Search the ends of each range, by class."""
+        classes = find_classes(program)
+        evidence = self._evidence(program, classes)
+        for source in dict.fromkeys(d.input_node(n) for n in program.maps()):
+            low, high = self._search(program, classes, evidence, source)
+            index = classes.of[source]
+            source.meta["range"] = (low[index], high[index])
+        return False
+
+    def _evidence(self, program: Program, classes: Classes) -> _Evidence:
+        inputs = [torch.stack(values) for values in zip(*program.samples, strict=True)]
+        medians = [values.median(0).values for values in inputs]
+        rarer = [
+            tuple(m + self.rarer * (x - m) for x, m in zip(sample, medians, strict=True))
+            for sample in program.samples
+        ]
+        samples = [*program.samples, *rarer]
+        weight = torch.ones(len(samples), dtype=torch.float64)
+        weight[len(program.samples) :] = self.weight_of_rarer
+        runs = [program.values(sample) for sample in samples]
+        return _Evidence(
+            {name: torch.stack([run[name] for run in runs]) for name in runs[0]},
+            rounded_values(program, classes, samples),
+            sensitivities(program, samples),
+            weight,
+        )
+
+    def _search(
+        self, program: Program, classes: Classes, evidence: _Evidence, source: fx.Node
+    ) -> tuple[Tensor, Tensor]:
+        index = classes.of[source]
+        exact, rounded = evidence.exact[source.name], evidence.rounded[source.name]
+        step = -(-exact.numel() // _VALUES)
+        errors = [
+            LookupError(
+                d.map_of(reader),
+                exact[::step],
+                rounded[::step],
+                index,
+                int(reader.meta["lookup_bits"]),
+                program.options.p_error,
+                evidence.gradients[reader.name][:, ::step],
+                -(-len(program.samples) // step),
+                d.before_moves(source).op == "placeholder",
+            )
+            for reader in source.users
+            if d.is_map(reader)
+        ]
+        weight = evidence.weight[::step]
+
+        def error_of(low: Tensor, high: Tensor) -> Tensor:
+            # Readers of one value err together: their errors add before they are squared.
+            error = torch.stack([e.of(low[index], high[index]) for e in errors]).sum(0)
+            found = torch.zeros(classes.n_classes, dtype=torch.float64)
+            return found.scatter_add(0, index.reshape(-1), weight @ error.square().mean(0))
+
+        low, high = class_ends(program, source, classes.of.__getitem__, classes.n_classes)
+        span = high - low
+        best_low, best_high = low.clone(), high.clone()
+        least = error_of(low, high)
+        for _ in range(2):
+            for room in self.rooms:
+                for ends in ((best_low, high + room * span), (low - room * span, best_high)):
+                    found = error_of(*ends)
+                    is_better = found < least
+                    least = torch.where(is_better, found, least)
+                    best_low = torch.where(is_better, ends[0], best_low)
+                    best_high = torch.where(is_better, ends[1], best_high)
+        return best_low, best_high
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """The samples, and rarer ones, as a look-up meets them; each `[n_samples, *shape]`, by node."""
+
+    exact: dict[str, Tensor]
+    rounded: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    weight: Tensor

@@ -1,0 +1,81 @@
+"""How much an error at one place of a float program changes its results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from fhe_fx.ir import dialect as d
+
+if TYPE_CHECKING:
+    from fhe_fx.ir.program import Program
+
+__all__ = ["sensitivities"]
+
+
+def sensitivities(
+    program: Program, samples: Sequence[tuple[Tensor, ...]], draws: int = 2
+) -> dict[str, Tensor]:
+    """Differentiate random combinations of the results by what each map answers.
+
+    A combination weighs every element of every result by an independent standard normal number, in
+    parts of the result's deviation. So for errors e of the maps' answers, the square of
+    `(e * found).sum()` has the mean squared relative error of the results as expected value
+    (Hutchinson's estimate), errors of several maps that belong together included.
+
+    Args:
+        program: with observed values.
+        samples: values of the inputs.
+        draws: combinations for each sample.
+
+    Returns:
+        For every map, `[draws, n_samples, *shape]`, float32, by node name.
+    """
+    if not program.maps():
+        return {}
+    generator = torch.Generator().manual_seed(program.options.seed)
+    sizes = [
+        program.observed[n.name].double().std().clamp_min(1e-12).float() for n in program.results
+    ]
+    recorder = _Recorder(program.module)
+    found: dict[str, list[Tensor]] = {n.name: [] for n in program.maps()}
+    for sample in samples:
+        recorder.answers = {}
+        with torch.enable_grad():
+            inputs = [sample[program.source_of(n)].float() for n in program.placeholders]
+            results = recorder.run(*[x.detach().requires_grad_() for x in inputs])
+            for draw in range(draws):
+                total = sum(
+                    (torch.randn(r.shape, generator=generator) * r).sum() / size
+                    for r, size in zip(results, sizes, strict=True)
+                )
+                answers = list(recorder.answers.values())
+                gradients = torch.autograd.grad(
+                    total, answers, retain_graph=draw + 1 < draws, materialize_grads=True
+                )
+                for name, gradient in zip(recorder.answers, gradients, strict=True):
+                    found[name].append(gradient)
+    n = len(samples)
+    return {
+        name: torch.stack(g).view(n, draws, *g[0].shape).transpose(0, 1)
+        for name, g in found.items()
+    }
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps what each map answers, with its history."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.answers: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if d.is_map(n):
+            if not value.requires_grad:  # a step: flat wherever it has a derivative
+                value = value.detach().requires_grad_()
+            self.answers[n.name] = value
+        return value

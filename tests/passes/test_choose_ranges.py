@@ -1,0 +1,54 @@
+"""`choose-ranges`: room where a wrapped value would hurt, none where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812 -- PyTorch's own habit
+from torch import Tensor
+
+from fhe_fx.ir import dialect as d
+from fhe_fx.passes import Pipeline, default_pipeline
+from tests.programs import program_from, seeded
+
+
+def _room(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """Return the room below and above the observed range of the only look-up, in parts of it."""
+    samples = [(x,) for x in seeded((1, 64, 4), seed=3)]
+    program = program_from(function, samples, n_bits=4)
+    passes = tuple(default_pipeline())[:-2]
+    Pipeline(passes[:-1]).run(program)
+    before = str(program)
+    assert Pipeline(passes[-1:]).run(program)[0].has_changed is False
+    assert str(program) == before
+    (node,) = program.maps()
+    source = d.input_node(node)
+    values = program.observed[source.name].double()
+    low, high = (end.reshape(-1)[0] for end in source.meta["range"])
+    span = values.max() - values.min()
+    return float((values.min() - low) / span), float((high - values.max()) / span)
+
+
+def test_an_input_is_clipped_where_the_function_is_flat() -> None:
+    below, above = _room(F.relu)
+    assert below < 0 <= above
+    below, above = _room(lambda x: F.relu(-x))
+    assert above < 0 <= below
+
+
+def test_a_steep_end_gets_room_at_the_other() -> None:
+    # Above its range, 1/x would read what the table holds of its steepest end; x^2 goes on rightly.
+    # Both of sums: the client clips inputs, and so they never wrap.
+    _, above_an_inverse = _room(lambda x: torch.reciprocal(x.sum(-1) + 8))
+    _, above_a_square = _room(lambda x: x.sum(-1).square())
+    assert above_an_inverse > max(above_a_square, 0)
+
+
+def test_a_class_has_one_range() -> None:
+    samples = [(x,) for x in seeded((1, 3, 4))]
+    program = program_from(lambda x: torch.tanh(x @ torch.ones(4, 2)), samples, n_bits=4)
+    Pipeline(tuple(default_pipeline())[:-2]).run(program)
+    low, high = d.input_node(program.maps()[0]).meta["range"]
+    assert bool((low == low[:, :1]).all())
+    assert bool((high > low).all())
