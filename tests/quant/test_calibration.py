@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -206,8 +207,9 @@ def test_without_logits_tokens_are_drawn_evenly() -> None:
     assert float(((counts - expected) ** 2 / expected).sum()) < 75
 
 
-def test_the_seed_decides_and_nothing_else_is_touched() -> None:
-    model = tiny_gpt2()
+@pytest.mark.parametrize("make", [tiny_gpt2, lambda: Counts("pooled")], ids=["logits", "none"])
+def test_the_seed_decides_and_nothing_else_is_touched(make: Callable[[], Any]) -> None:
+    model = make()
     state = torch.get_rng_state()
     first, again, other = (
         rows(sample_from_model(model, 5, Options(n_samples=4, seed=seed))) for seed in (3, 3, 4)

@@ -201,6 +201,11 @@ def test_only_look_ups_part_encodings() -> None:
     assert x != y
 
 
+def test_one_source_ties_the_encodings_of_all_that_read_it() -> None:
+    program = program_of(lambda b, x, y: b.add(b.apply(b.add(x, y), EXP), b.sub(x, y)), (3,), (3,))
+    assert len(set(encodings(program).values())) == 1  # x + y and x - y, which only x and y tie
+
+
 # Statistics of a class --------------------------------------------------------------------------
 
 
