@@ -28,8 +28,14 @@ _KEPT_WHOLE = (
     torch.ops.aten.matmul.default,
     torch.ops.aten.scaled_dot_product_attention.default,
     torch.ops.aten.linear.default,
+    # These become a choice between two branches of which the unused one overflows.
+    torch.ops.aten.softplus.default,
+    torch.ops.aten.mish.default,
+    torch.ops.aten.celu.default,
+    # This one becomes a minimum with a tensor of zeros, which has no lowering.
+    torch.ops.aten.log_sigmoid.default,
 )
-"""Operators whose decomposition would hide the structure that the passes look for."""
+"""Operators whose decomposition would hide what the passes look for, or lose what is exact."""
 
 
 def capture(

@@ -133,11 +133,13 @@ def sample_from_model(model: nn.Module, tokens: int, options: Options) -> list[C
             f"Pass calibration=[...]: some dozens of real inputs."
         )
     # Long samples, cut in two, so that the first row of a circuit does not only see first words.
-    room = getattr(model.config, "max_position_embeddings", None) or 2 * tokens
+    room = getattr(model.config, "max_position_embeddings", None) or 2 * tokens + 1
     length = min(2 * tokens, max(tokens, room - 1))
+    # The start token is dropped: prompts rarely begin with it, and it is an outlier in most models.
+    cuts = sorted({1, 1 + length - tokens})  # one where there is only room for one
     generator = torch.Generator().manual_seed(options.seed)
     start = getattr(model.config, "bos_token_id", None)
-    n = -(-options.n_samples // 2)
+    n = -(-options.n_samples // len(cuts))
     if isinstance(start, int) and start < size:
         ids = torch.full((n, 1), start)
     else:
@@ -162,9 +164,8 @@ def sample_from_model(model: nn.Module, tokens: int, options: Options) -> list[C
             else:
                 new = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
             ids = torch.cat([ids, new], 1)
-    # The start token is dropped: prompts rarely begin with it, and it is an outlier in most models.
-    halves = [ids[:, 1 : 1 + tokens], ids[:, 1 + length - tokens :]]
-    return [Call((), {"input_ids": row[None]}) for half in halves for row in half]
+    rows = [row for cut in cuts for row in ids[:, cut : cut + tokens]]
+    return [Call((), {"input_ids": row[None]}) for row in rows[: options.n_samples]]
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor | None:

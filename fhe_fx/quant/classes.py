@@ -130,7 +130,8 @@ def find_classes(program: Program) -> Classes:
             lead = rows.dim() - 2
             batch = (1,) * (lead - (weight.dim() - 2)) + tuple(weight.shape[:-2])
             for dim in range(rows.dim() - 1):
-                if dim == lead or batch[dim] == 1:
+                # Batches align at the right: the weights may have more dimensions than the rows.
+                if dim == lead or batch[dim - lead] == 1:
                     join(rows.narrow(dim, 0, 1).expand(rows.shape), rows)
             channel = torch.arange(weight[..., 0, :].numel()).view(*batch, 1, weight.shape[-1])
             ids[node] = fresh(channel.expand(shape))

@@ -17,8 +17,11 @@ from fhe_fx.ir.ops import ENTER, LEAVE
 from fhe_fx.ir.program import Program
 from fhe_fx.passes import Annotate, Partition, Pipeline
 from fhe_fx.passes.annotate import check_convex
+from fhe_fx.passes.calibrate import Calibrate
+from fhe_fx.passes.normalize import Normalize
 from fhe_fx.passes.partition import ENCRYPTED
 from tests.models import Mlp, shipped_gpt2, tiny_bert, tiny_gpt2, tiny_llama
+from tests.programs import program_from
 
 IDS = torch.tensor([[3, 17, 5, 17, 9]])
 NO_CACHE = {"use_cache": False}
@@ -204,3 +207,16 @@ def test_a_model_that_fails_on_its_example_is_reported_in_one_sentence() -> None
     assert text.endswith(
         "Check that the model runs on the example inputs, and that its forward is exportable."
     )
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.Softplus(beta=2, threshold=5), nn.Mish(), nn.CELU(alpha=2.0), nn.LogSigmoid()],
+    ids=lambda m: type(m).__name__,
+)
+def test_a_function_without_overflow_is_captured_whole(module: nn.Module) -> None:
+    x = torch.tensor([[-300.0, -1.0, 0.0, 2.6, 120.0, 300.0]])  # exp overflows above 88
+    program = program_from(module, [(x,)])
+    Pipeline((Normalize(), Calibrate())).run(program)  # which refuses values that are not finite
+    assert [n.op for n in program.encrypted()] == ["placeholder", "call_module"]
+    torch.testing.assert_close(program(x)[0], module(x), rtol=0, atol=0)

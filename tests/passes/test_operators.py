@@ -126,6 +126,10 @@ CASES = [
     Case("leaky_relu", F.leaky_relu),
     Case("elu", F.elu),
     Case("softplus", F.softplus),
+    Case("softplus_arguments", lambda x: F.softplus(x, beta=3, threshold=2)),
+    Case("mish", F.mish),
+    Case("celu", lambda x: F.celu(x, alpha=0.5)),
+    Case("log_sigmoid", F.logsigmoid),
     Case("where_of_itself", lambda x: torch.where(x > 0.3, x, 0.1 * x**2)),
     Case("where_encrypted", lambda x, y: torch.where(x > 0, x, y), TWO),
     # A jump of 1.5 at 0, read in slots of a 256th of a range of 5: a value in the slot of the jump
