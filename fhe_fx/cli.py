@@ -161,7 +161,9 @@ Seed = Annotated[int, typer.Option(help="Of random weights and of sampled calibr
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Model = Annotated[
     str,
-    typer.Argument(help="A Hugging Face directory or hub name, random:gpt2, or a .pt2 file."),
+    typer.Argument(
+        help="A Hugging Face directory or hub name, smollm2, random:gpt2, or a .pt2 file."
+    ),
 ]
 
 
@@ -434,6 +436,54 @@ def _give(results: list[Tensor], output: list[Path] | None) -> None:
             _say(f"{output[number]}: {array.dtype} {list(array.shape)}")
         else:
             _print(np.array2string(array, precision=4, suppress_small=True, threshold=200))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory of results; what it holds is not redone.")],
+    submodule: Submodule = None,
+    n_bits: Annotated[str, typer.Option(help="Settings, as in 4, 2,4,6 or 2..8.")] = "4",
+    tokens: Annotated[int, typer.Option(help="Rows of the circuit.")] = 8,
+    heads: Heads = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Sentences, one a line; else the model writes its own."),
+    ] = None,
+    long: Annotated[
+        str, typer.Option(help="What to do with longer lines: cut, split or error.")
+    ] = "cut",
+    sentences: Annotated[int, typer.Option(help="How many sentences the model writes.")] = 80,
+    modes: Annotated[str, typer.Option(help="clear, simulate, or both.")] = "clear,simulate",
+    calibration: Calibration = None,
+    p_error: PError = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well a model predicts when a part of it runs on integers, without and with noise.
+
+    Writes evaluation.json, evaluation.csv and, where matplotlib is installed, accuracy.png and .svg.
+    """
+    from fhe_fx.evaluate.command import parse_bits, parse_modes, prepare
+    from fhe_fx.options import Options
+
+    bits, stages, chosen = parse_bits(n_bits), parse_modes(modes), _head_numbers(heads)
+    if submodule is None:
+        raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
+    given = {} if p_error is None else {"p_error": p_error}
+    options = Options(n_bits=bits[0], seed=seed, **given)
+    with _progress("loading the model") as show:
+        run = prepare(model, submodule, bits, tokens, chosen, options)
+        found = run(data, long, sentences, calibration, stages, out, show)
+        show("writing results")
+        files = found.write(out)
+    for text in (*found.notes, *found.all_warnings()):
+        _say(f"{'note' if text in found.notes else 'warning'}: {text}")
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        _print(found.table())
+    _say(f"wrote {', '.join(str(f) for f in files)}")
 
 
 @app.command()

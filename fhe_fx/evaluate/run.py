@@ -1,0 +1,400 @@
+"""Accuracy of a model whose parts are encrypted, setting by setting and stage by stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fhe_fx
+from fhe_fx.api import encrypt_submodule, encrypted_modules
+from fhe_fx.capture import resolve_targets
+from fhe_fx.errors import OptionsError, did_you_mean
+from fhe_fx.evaluate.metrics import Tally, position_sums
+from fhe_fx.evaluate.results import Evaluation, SettingResult, StageResult, load_setting, write_text
+from fhe_fx.evaluate.stages import STAGES, Clear, RangeUse, Simulated, StagedRegion
+from fhe_fx.evaluate.texts import (
+    DataError,
+    Texts,
+    digest_of_model,
+    digest_of_rows,
+    overlap,
+    sample_texts,
+)
+from fhe_fx.options import Options
+from fhe_fx.passes import Pipeline
+from fhe_fx.report import report_on
+from fhe_fx.report.machine import installed_version, machine_name
+
+__all__ = ["RANGE_SHARE", "evaluate_submodule"]
+
+RANGE_SHARE = 0.001
+"""Share of a look-up's inputs outside their range from which an evaluation warns."""
+EXCESS = 1.5
+"""Distance of simulated from clear results, in units of what noise explains, likewise."""
+_BATCH = 16
+_CALIBRATION_TEXTS = 128
+"""Texts of four times the circuit's length that the model writes for calibration."""
+_MAX_BYTES = 4 << 30
+"""Float logits that are kept, at most."""
+
+Progress = Callable[[str], None]
+
+
+def evaluate_submodule(
+    model: nn.Module,
+    target: str | Sequence[str],
+    *,
+    n_bits: int | Sequence[int] = 4,
+    tokens: int = 8,
+    heads: Sequence[int] | None = None,
+    data: Texts | None = None,
+    sentences: int = 80,
+    calibration: Iterable[Any] | None = None,
+    stages: Sequence[str] = STAGES,
+    options: Options | None = None,
+    passes: Pipeline | None = None,
+    out: Path | None = None,
+    name: str | None = None,
+    on_progress: Progress = lambda text: None,
+) -> Evaluation:
+    """Measure how well a language model predicts when a part of it runs on integers, and noise.
+
+    The float model runs once. Each setting is lowered once and emulated on all sentences together;
+    nothing is compiled. With `out`, a setting that an earlier call finished is read from there.
+
+    Args:
+        model: a causal language model; it is left as it is.
+        target: as in `fhe_fx.encrypt_submodule`.
+        n_bits: one setting, or several.
+        tokens: rows of the circuit.
+        heads: as in `fhe_fx.encrypt_submodule`.
+        data: sentences; by default the model writes them, from another seed than calibration's.
+        sentences: how many the model writes.
+        calibration: model inputs; by default texts that the model writes.
+        stages: some of `STAGES`.
+        options: all other choices; `n_bits` above wins.
+        passes: a pipeline in place of the default one.
+        out: directory of results, made if it is missing.
+        name: what to call the model in results.
+        on_progress: is told what is being done.
+
+    Raises:
+        DataError: if the sentences do not fit.
+        OptionsError: if a stage does not exist, or a number is outside its domain.
+        FheFxError: whatever `encrypt_submodule` raises.
+    """
+    options = options or Options()
+    bits = (n_bits,) if isinstance(n_bits, int) else tuple(dict.fromkeys(n_bits))
+    settings = [dataclasses.replace(options, n_bits=b) for b in bits]
+    _check(settings, stages, tokens, sentences)
+    paths = resolve_targets(model, target)
+    digest = digest_of_model(model)
+    if data is None:
+        rows = sample_texts(
+            model, sentences, tokens, options.seed + 1, digest=digest, on_progress=on_progress
+        )
+        data = Texts(tuple(rows), f"{sentences} texts sampled from the model")
+    _check_data(data, tokens)
+    said = "given inputs"
+    if calibration is None:
+        texts = sample_texts(
+            model,
+            _CALIBRATION_TEXTS,
+            4 * tokens,
+            options.seed,
+            digest=digest,
+            on_progress=on_progress,
+        )
+        said = f"{_CALIBRATION_TEXTS} texts of {4 * tokens} tokens sampled from the model"
+        calibration = [{"input_ids": row[None]} for row in texts]
+    inputs = list(calibration)
+    known = [row for call in inputs for row in _token_rows(call)]
+    on_progress(f"running the float model on {len(data.rows)} sentences")
+    expected = _FloatRun(model, paths, _batches(data.rows))
+    common = {
+        "code": _digest_of_code(),
+        "model": digest,
+        "targets": paths,
+        "heads": heads,
+        "tokens": tokens,
+        "passes": repr(passes),
+        "data": digest_of_rows(data.rows),
+        "calibration": digest_of_rows(known),
+        "stages": list(stages),
+    }
+    run = _Run(model, paths, heads, tokens, inputs, stages, passes, expected)
+    found = []
+    for number, setting in enumerate(settings, 1):
+        place = None
+        if out is not None:
+            key = json.dumps(common | {"options": repr(setting)}, sort_keys=True)
+            place = out / "settings" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+        result = load_setting(place) if place is not None else None
+        if result is None:
+            at = f"n_bits={setting.n_bits}, {number} of {len(settings)}"
+            result = run.setting(setting, lambda text, at=at: on_progress(f"{at}: {text}"))
+            if place is not None:
+                write_text(place, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+        found.append(result)
+    shared = overlap(data.rows, known)
+    warned = []
+    if shared > 0:
+        warned.append(
+            f"{shared:.0%} of the sentences stand in the calibration texts, so ranges were made "
+            f"for them. Use other texts for one of the two."
+        )
+    return Evaluation(
+        model=name or type(model).__name__,
+        targets=tuple(paths),
+        heads=None if heads is None else tuple(heads),
+        tokens=tokens,
+        sentences=len(data.rows),
+        positions=sum(len(row) for row in data.rows),
+        data=data.origin,
+        calibration=said,
+        float_stage=expected.stage(),
+        settings=tuple(found),
+        machine=machine_name(),
+        versions={p: installed_version(p) for p in ("fhe_fx", "torch", "transformers")},
+        notes=data.notes,
+        warnings=tuple(warned),
+    )
+
+
+def _check(
+    settings: Sequence[Options], stages: Sequence[str], tokens: int, sentences: int
+) -> None:
+    for stage in stages:
+        if stage not in STAGES:
+            raise OptionsError(
+                f"There is no stage {stage!r}; there are {', '.join(STAGES)}."
+                f"{did_you_mean(stage, list(STAGES))}"
+            )
+    for what, value, least in (("tokens", tokens, 1), ("sentences", sentences, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise OptionsError(f"{what}={value!r} is not a positive integer.")
+    if not settings or not stages:
+        raise OptionsError("Give at least one n_bits and one stage.")
+
+
+def _check_data(data: Texts, tokens: int) -> None:
+    if not data.rows:
+        raise DataError("There are no sentences to evaluate on.")
+    longest = max(len(row) for row in data.rows)
+    if longest > tokens:
+        raise DataError(f"A sentence has {longest} tokens; the circuit takes {tokens}. Cut it.")
+
+
+def _token_rows(call: Any) -> list[Tensor]:
+    from fhe_fx.quant.calibration import as_call
+
+    tensors = [t for t in as_call(call).tensors() if not t.is_floating_point()]
+    return list(tensors[0].reshape(-1, tensors[0].shape[-1])) if tensors else []
+
+
+def _digest_of_code() -> str:
+    """Return a hash of this package, so that results of another compiler are not taken for ours."""
+    found = hashlib.sha256()
+    root = Path(fhe_fx.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        found.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def _batches(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Stack sentences of equal length, `[n, tokens]` each: none is padded."""
+    lengths = sorted({len(row) for row in rows})
+    groups = [torch.stack([r for r in rows if len(r) == length]) for length in lengths]
+    return [part for group in groups for part in group.split(_BATCH)]
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    output = model(input_ids=ids, use_cache=False)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise DataError(
+            f"{type(model).__name__} returns no logits of next tokens, which are what is compared. "
+            f"Load the model with its language head."
+        )
+    return logits
+
+
+@contextmanager
+def _outputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Keep the first result of each submodule at its last call."""
+    found: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[path] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        return hook
+
+    handles = [model.get_submodule(p).register_forward_hook(keep(p)) for p in paths]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _FloatRun:
+    """What the float model says, which every setting is compared with."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str], batches: Sequence[Tensor]) -> None:
+        self.batches, self.paths = batches, paths
+        self.logits: list[Tensor] = []
+        self.outputs: list[dict[str, Tensor]] = []
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), _outputs(model, paths) as found:
+                for ids in batches:
+                    self.logits.append(_logits(model, ids))
+                    self.outputs.append(dict(found))
+                    self._check_size()
+        finally:
+            model.train(was_training)
+        self.energy = {
+            p: float(sum(o[p].double().square().sum() for o in self.outputs)) for p in paths
+        }
+
+    def _check_size(self) -> None:
+        first = self.logits[0]
+        each = first.numel() * first.element_size() / self.batches[0].numel()
+        total = each * sum(ids.numel() for ids in self.batches)
+        if total > _MAX_BYTES:
+            fit = int(_MAX_BYTES / each)
+            raise DataError(
+                f"The predictions to compare with would take {total / 1e9:.1f} GB. Give fewer "
+                f"sentences, {fit:,} tokens at most."
+            )
+
+    def add(
+        self, tally: Tally, number: int, logits: Tensor, outputs: dict[str, Tensor] | None
+    ) -> None:
+        """Compare what a stage says of one batch."""
+        position_sums(tally, self.logits[number], logits, self.batches[number])
+        if outputs is None:
+            return
+        # Modules weigh alike: each error is taken relative to the whole energy of its module.
+        error, reference = torch.zeros(2, len(logits), dtype=torch.float64)
+        for path in self.paths:
+            exact = self.outputs[number][path].double()
+            ours = outputs[path].double()
+            error += (ours - exact).square().flatten(1).sum(1) / self.energy[path]
+            reference += exact.square().flatten(1).sum(1) / self.energy[path]
+        tally.add("relative_error", error, reference)
+
+    def stage(self) -> StageResult:
+        """Return the float model's own figures: its perplexity, the rest by definition."""
+        tally = Tally()
+        for number, logits in enumerate(self.logits):
+            self.add(tally, number, logits, self.outputs[number])
+        return StageResult("float", tally.estimates())
+
+
+@dataclass
+class _Run:
+    """Evaluates one setting after the other."""
+
+    model: nn.Module
+    paths: list[str]
+    heads: Sequence[int] | None
+    tokens: int
+    calibration: list[Any]
+    stages: Sequence[str]
+    passes: Pipeline | None
+    expected: _FloatRun
+
+    def setting(self, options: Options, on_progress: Progress) -> SettingResult:
+        """Lower the target, and run it at every stage."""
+        on_progress("lowering")
+        start = time.perf_counter()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            encrypted = encrypt_submodule(
+                self.model,
+                self.paths,
+                max_tokens=self.tokens,
+                heads=self.heads,
+                calibration=self.calibration,
+                options=options,
+                passes=self.passes,
+            )
+        seconds = time.perf_counter() - start
+        modules = encrypted_modules(encrypted)
+        regions = [m.region for m in modules]
+        costs = report_on([(r.program, None) for r in regions]).regions
+        warned = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+        ranges: list[RangeUse] = []
+        results = []
+        for stage in (s for s in STAGES if s in self.stages):
+            runners = [_runner(stage, r.program, options.seed + i) for i, r in enumerate(regions)]
+            for module, region, runner in zip(modules, regions, runners, strict=True):
+                module.region = StagedRegion.of(region, runner)
+                module.mode = "clear"
+            results.append(self._stage(encrypted, stage, on_progress))
+            for runner in runners:
+                if isinstance(runner, Clear):
+                    ranges += runner.ranges.values()
+                elif runner.excess > EXCESS:
+                    warned.append(_excess_warning(runner))
+        exceeded = sorted((r for r in ranges if r.outside), key=lambda r: -r.share)
+        warned += _range_warnings(exceeded)
+        return SettingResult(
+            n_bits=options.n_bits,
+            look_ups=sum(c.look_ups for c in costs),
+            max_lookup_bits=max(c.max_lookup_bits for c in costs),
+            stages=tuple(results),
+            warnings=tuple(dict.fromkeys(warned)),
+            ranges=tuple({"where": r.where, "share": r.share} for r in exceeded[:20]),
+            lower_seconds=round(seconds, 1),
+        )
+
+    def _stage(self, encrypted: nn.Module, stage: str, on_progress: Progress) -> StageResult:
+        start = time.perf_counter()
+        tally = Tally()
+        batches = self.expected.batches
+        with torch.no_grad(), _outputs(encrypted, self.paths) as found:
+            for number, ids in enumerate(batches):
+                on_progress(f"{stage}, batch {number + 1} of {len(batches)}")
+                logits = _logits(encrypted, ids)
+                self.expected.add(tally, number, logits, found)
+        return StageResult(stage, tally.estimates(), round(time.perf_counter() - start, 1))
+
+
+def _runner(stage: str, program: Any, seed: int) -> Clear | Simulated:
+    return Clear(program) if stage == "clear" else Simulated(program, seed)
+
+
+def _excess_warning(runner: Simulated) -> str:
+    return (
+        f"{runner.program.name}: simulated results are {runner.excess:.1f} times as far from the "
+        f"clear ones as noise explains; noise pushes values past the ends of their ranges, where "
+        f"tables wrap. Calibrate on more, or more varied, text."
+    )
+
+
+def _range_warnings(exceeded: Sequence[RangeUse]) -> list[str]:
+    often = [r for r in exceeded if r.share > RANGE_SHARE]
+    if not often:
+        return []
+    return [
+        f"{len(often)} look-up(s) or inputs had more than {RANGE_SHARE:.1%} of their values outside "
+        f"the calibrated range; the worst, {often[0].where}, {often[0].share:.2%} of "
+        f"{often[0].total:,}. Calibrate on text like that on which you evaluate."
+    ]
+
+
