@@ -462,23 +462,46 @@ def evaluate(
 ) -> None:
     """Measure how well a model predicts when a part of it runs on integers, without and with noise.
 
-    Writes evaluation.json, evaluation.csv and, where matplotlib is installed, accuracy.png and .svg.
+    Writes evaluation.json and evaluation.csv; where matplotlib is installed, a plot besides.
     """
-    from fhe_fx.evaluate.command import parse_bits, parse_modes, prepare
+    from fhe_fx.capture import resolve_targets
+    from fhe_fx.evaluate import evaluate_submodule, read_texts
+    from fhe_fx.evaluate.arguments import parse_bits, parse_modes
+    from fhe_fx.export.models import ModelError, load_calibration, load_model
     from fhe_fx.options import Options
 
     bits, stages, chosen = parse_bits(n_bits), parse_modes(modes), _head_numbers(heads)
     if submodule is None:
         raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
-    given = {} if p_error is None else {"p_error": p_error}
-    options = Options(n_bits=bits[0], seed=seed, **given)
+    options = Options(n_bits=bits[0], seed=seed)
+    if p_error is not None:
+        options = Options(n_bits=bits[0], seed=seed, p_error=p_error)
     with _progress("loading the model") as show:
-        run = prepare(model, submodule, bits, tokens, chosen, options)
-        found = run(data, long, sentences, calibration, stages, out, show)
+        named = load_model(model, seed)
+        if named.module is None:
+            raise ModelError(f"{model} is an exported program; evaluate the model that it was.")
+        resolve_targets(named.module, submodule)
+        found = evaluate_submodule(
+            named.module,
+            submodule,
+            n_bits=bits,
+            tokens=tokens,
+            heads=chosen,
+            data=read_texts(data, named.tokenizer(), tokens, long) if data else None,
+            sentences=sentences,
+            calibration=load_calibration(calibration, named) if calibration else None,
+            stages=stages,
+            options=options,
+            out=out,
+            name=model,
+            on_progress=show,
+        )
         show("writing results")
         files = found.write(out)
-    for text in (*found.notes, *found.all_warnings()):
-        _say(f"{'note' if text in found.notes else 'warning'}: {text}")
+    for note in found.notes:
+        _say(f"note: {note}")
+    for warning in found.all_warnings():
+        _say(f"warning: {warning}")
     if as_json:
         _print_json(found.as_dict())
     else:

@@ -98,12 +98,15 @@ class Evaluation:
         """Return the figures as text, one line a setting and stage."""
         heads = "" if self.heads is None else f" heads {','.join(map(str, self.heads))}"
         perplexity = self.float_stage.metrics.get("perplexity")
+        texts = f"{self.sentences} sentences, {self.positions} positions ({self.data})"
+        columns = (
+            f"{'n_bits':>6}  {'stage':<14}  {'top-1 [95 %]':<22}  {'top-5':>6}  {'top-10':>6}  "
+            f"{'perplexity':>10}  {'KL':>8}  {'error':>6}  {'look-ups':>8}"
+        )
         lines = [
             f"{self.model} {', '.join(self.targets)}{heads}, {self.tokens} tokens",
-            f"{self.sentences} sentences, {self.positions} positions ({self.data}); "
-            f"perplexity in float {perplexity or 'unknown'}",
-            f"{'n_bits':>6}  {'stage':<10}  {'top-1 [95 %]':<22}  {'top-5':>6}  {'top-10':>6}  "
-            f"{'perplexity':>10}  {'KL':>8}  {'error':>6}  {'look-ups':>8}",
+            f"{texts}; perplexity in float {perplexity or 'unknown'}",
+            columns,
         ]
         for setting in self.settings:
             lines += [_line(setting, stage) for stage in setting.stages]
@@ -159,7 +162,7 @@ def _line(setting: SettingResult, stage: StageResult) -> str:
     top = stage.metrics["top1"]
     interval = "" if top.low is None or top.high is None else f" [{top.low:.1%}, {top.high:.1%}]"
     return (
-        f"{setting.n_bits:>6}  {stage.stage:<10}  {f'{top.value:.1%}{interval}':<22}  "
+        f"{setting.n_bits:>6}  {stage.stage:<14}  {f'{top.value:.1%}{interval}':<22}  "
         f"{value('top5'):>6.1%}  {value('top10'):>6.1%}  {value('perplexity'):>10.4g}  "
         f"{value('kl'):>8.2g}  {value('relative_error'):>6.3f}  {setting.look_ups:>8,}"
     )

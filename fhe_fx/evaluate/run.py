@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import fhe_fx
 from fhe_fx.api import encrypt_submodule, encrypted_modules
 from fhe_fx.capture import resolve_targets
 from fhe_fx.errors import OptionsError, did_you_mean
@@ -99,32 +99,17 @@ def evaluate_submodule(
     settings = [dataclasses.replace(options, n_bits=b) for b in bits]
     _check(settings, stages, tokens, sentences)
     paths = resolve_targets(model, target)
-    digest = digest_of_model(model)
-    if data is None:
-        rows = sample_texts(
-            model, sentences, tokens, options.seed + 1, digest=digest, on_progress=on_progress
-        )
-        data = Texts(tuple(rows), f"{sentences} texts sampled from the model")
+    own = _OwnTexts(model, tokens, options.seed, on_progress)
+    data = data or own.sentences(sentences)
     _check_data(data, tokens)
-    said = "given inputs"
-    if calibration is None:
-        texts = sample_texts(
-            model,
-            _CALIBRATION_TEXTS,
-            4 * tokens,
-            options.seed,
-            digest=digest,
-            on_progress=on_progress,
-        )
-        said = f"{_CALIBRATION_TEXTS} texts of {4 * tokens} tokens sampled from the model"
-        calibration = [{"input_ids": row[None]} for row in texts]
-    inputs = list(calibration)
+    inputs = own.calibration() if calibration is None else list(calibration)
     known = [row for call in inputs for row in _token_rows(call)]
     on_progress(f"running the float model on {len(data.rows)} sentences")
     expected = _FloatRun(model, paths, _batches(data.rows))
-    common = {
+    run = _Run(model, paths, heads, tokens, inputs, stages, passes, expected)
+    fixed = {
         "code": _digest_of_code(),
-        "model": digest,
+        "model": own.digest,
         "targets": paths,
         "heads": heads,
         "tokens": tokens,
@@ -133,27 +118,12 @@ def evaluate_submodule(
         "calibration": digest_of_rows(known),
         "stages": list(stages),
     }
-    run = _Run(model, paths, heads, tokens, inputs, stages, passes, expected)
     found = []
     for number, setting in enumerate(settings, 1):
-        place = None
-        if out is not None:
-            key = json.dumps(common | {"options": repr(setting)}, sort_keys=True)
-            place = out / "settings" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-        result = load_setting(place) if place is not None else None
-        if result is None:
-            at = f"n_bits={setting.n_bits}, {number} of {len(settings)}"
-            result = run.setting(setting, lambda text, at=at: on_progress(f"{at}: {text}"))
-            if place is not None:
-                write_text(place, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-        found.append(result)
-    shared = overlap(data.rows, known)
-    warned = []
-    if shared > 0:
-        warned.append(
-            f"{shared:.0%} of the sentences stand in the calibration texts, so ranges were made "
-            f"for them. Use other texts for one of the two."
-        )
+        place = None if out is None else _place(out, fixed | {"options": repr(setting)})
+        at = f"n_bits={setting.n_bits}, {number} of {len(settings)}"
+        evaluate = partial(run.setting, setting, _after(at, on_progress))
+        found.append(_kept(place, evaluate))
     return Evaluation(
         model=name or type(model).__name__,
         targets=tuple(paths),
@@ -162,19 +132,74 @@ def evaluate_submodule(
         sentences=len(data.rows),
         positions=sum(len(row) for row in data.rows),
         data=data.origin,
-        calibration=said,
+        calibration=own.said if calibration is None else "given inputs",
         float_stage=expected.stage(),
         settings=tuple(found),
         machine=machine_name(),
         versions={p: installed_version(p) for p in ("fhe_fx", "torch", "transformers")},
         notes=data.notes,
-        warnings=tuple(warned),
+        warnings=tuple(_overlap_warnings(data.rows, known)),
     )
 
 
-def _check(
-    settings: Sequence[Options], stages: Sequence[str], tokens: int, sentences: int
-) -> None:
+@dataclass
+class _OwnTexts:
+    """What the model writes where texts are not given."""
+
+    model: nn.Module
+    tokens: int
+    seed: int
+    on_progress: Progress
+
+    def __post_init__(self) -> None:
+        self.digest = digest_of_model(self.model)
+        self.said = f"{_CALIBRATION_TEXTS} texts of {4 * self.tokens} tokens, the model's own"
+
+    def _sample(self, n: int, tokens: int, seed: int) -> list[Tensor]:
+        return sample_texts(
+            self.model, n, tokens, seed, digest=self.digest, on_progress=self.on_progress
+        )
+
+    def sentences(self, n: int) -> Texts:
+        """Return texts to evaluate on, from a seed of their own."""
+        rows = self._sample(n, self.tokens, self.seed + 1)
+        return Texts(tuple(rows), "the model's own, sampled")
+
+    def calibration(self) -> list[Any]:
+        """Return model inputs."""
+        rows = self._sample(_CALIBRATION_TEXTS, 4 * self.tokens, self.seed)
+        return [{"input_ids": row[None]} for row in rows]
+
+
+def _place(out: Path, key: dict[str, Any]) -> Path:
+    """Return the file of one setting, named by all that its figures depend on."""
+    text = json.dumps(key, sort_keys=True)
+    return out / "settings" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+
+
+def _kept(place: Path | None, evaluate: Callable[[], SettingResult]) -> SettingResult:
+    """Read a setting that is finished, or evaluate it and write it down."""
+    if place is not None and (known := load_setting(place)) is not None:
+        return known
+    result = evaluate()
+    if place is not None:
+        write_text(place, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    return result
+
+
+def _after(prefix: str, on_progress: Progress) -> Progress:
+    return lambda text: on_progress(f"{prefix}: {text}")
+
+
+def _overlap_warnings(rows: Sequence[Tensor], calibration: Sequence[Tensor]) -> list[str]:
+    shared = overlap(rows, calibration)
+    if shared == 0:
+        return []
+    said = f"{shared:.0%} of the sentences stand in the calibration texts, so ranges were made"
+    return [f"{said} for them. Use other texts for one of the two."]
+
+
+def _check(settings: Sequence[Options], stages: Sequence[str], tokens: int, sentences: int) -> None:
     for stage in stages:
         if stage not in STAGES:
             raise OptionsError(
@@ -206,7 +231,7 @@ def _token_rows(call: Any) -> list[Tensor]:
 def _digest_of_code() -> str:
     """Return a hash of this package, so that results of another compiler are not taken for ours."""
     found = hashlib.sha256()
-    root = Path(fhe_fx.__file__).parent
+    root = Path(__file__).parent.parent
     for path in sorted(root.rglob("*.py")):
         found.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return found.hexdigest()
@@ -391,10 +416,8 @@ def _range_warnings(exceeded: Sequence[RangeUse]) -> list[str]:
     often = [r for r in exceeded if r.share > RANGE_SHARE]
     if not often:
         return []
-    return [
-        f"{len(often)} look-up(s) or inputs had more than {RANGE_SHARE:.1%} of their values outside "
-        f"the calibrated range; the worst, {often[0].where}, {often[0].share:.2%} of "
-        f"{often[0].total:,}. Calibrate on text like that on which you evaluate."
-    ]
-
-
+    worst = often[0]
+    said = f"{len(often)} look-ups or inputs had more than {RANGE_SHARE:.1%} of their values"
+    where = f"the worst, {worst.where}, {worst.share:.2%} of {worst.total:,}"
+    advice = "Calibrate on text like that on which you evaluate."
+    return [f"{said} outside the calibrated range; {where}. {advice}"]

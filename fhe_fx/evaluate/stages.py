@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol, cast
@@ -18,8 +17,6 @@ from torch import Tensor, fx
 
 from fhe_fx.backends.reference.batch import run_batch
 from fhe_fx.backends.reference.noise import LookupNoise
-from fhe_fx.ir import dialect as d
-from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.ir.program import Program
 from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.region import Region
@@ -35,7 +32,8 @@ Samples = Sequence[Sequence[Tensor]]
 class Runner(Protocol):
     """Runs the encrypted part on real inputs, one list of tensors a sample."""
 
-    def __call__(self, samples: Samples) -> list[list[Tensor]]: ...
+    def __call__(self, samples: Samples) -> list[list[Tensor]]:
+        """Return one list of results a sample."""
 
 
 @dataclass
@@ -84,7 +82,9 @@ class _Integers:
 
     def encode(self, samples: Samples) -> list[Tensor]:
         encoded = [self.codec.encode(inputs) for inputs in samples]
-        return [torch.stack([torch.from_numpy(q) for q in port]) for port in zip(*encoded)]
+        return [
+            torch.stack([torch.from_numpy(q) for q in port]) for port in zip(*encoded, strict=True)
+        ]
 
     def decode(self, results: Sequence[Tensor]) -> list[list[Tensor]]:
         rows = zip(*results, strict=True)
@@ -147,4 +147,6 @@ class Simulated(_Integers):
         Noise explains the distance that is left when it cannot push a value past its range.
         """
         found, modelled = self._squares.tolist()
-        return float((found / modelled) ** 0.5) if modelled > 0 else (1.0 if not found else torch.inf)
+        return (
+            float((found / modelled) ** 0.5) if modelled > 0 else (1.0 if not found else torch.inf)
+        )

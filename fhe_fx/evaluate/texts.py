@@ -70,9 +70,7 @@ def read_texts(path: Path, tokenizer: Any, tokens: int, long: str = "cut") -> Te
         raise OptionsError(
             f"--long {long!r} is not one of {', '.join(LONG)}.{did_you_mean(long, list(LONG))}"
         )
-    ids = [
-        torch.tensor(tokenizer(line)["input_ids"], dtype=torch.int64) for line in _lines(path)
-    ]
+    ids = [torch.tensor(tokenizer(line)["input_ids"], dtype=torch.int64) for line in _lines(path)]
     longer = [row for row in ids if len(row) > tokens]
     notes = []
     if longer:
@@ -154,9 +152,9 @@ def sample_texts(
 
 def _sampled(model: nn.Module, n: int, tokens: int, seed: int, start: int) -> Tensor:
     count, seed = min(_BATCH, n - start), seed * 1_000_003 + start
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
-    first = getattr(config, "bos_token_id", None)
+    first: Any = getattr(config, "bos_token_id", None)
     if not hasattr(model, "generate") or not isinstance(size, int):
         calls = sample_from_model(model, tokens, Options(n_samples=max(2, count), seed=seed))
         return torch.cat([c.kwargs["input_ids"] for c in calls])[:count]
@@ -185,12 +183,14 @@ def _sampled(model: nn.Module, n: int, tokens: int, seed: int, start: int) -> Te
 def digest_of_model(model: nn.Module) -> str:
     """Return a hash of a model's class, configuration and weights."""
     found = hashlib.sha256(type(model).__qualname__.encode())
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         found.update(config.to_json_string().encode())
     for name, value in sorted(model.state_dict().items()):
         found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        found.update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        found.update(
+            memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        )
     return found.hexdigest()
 
 

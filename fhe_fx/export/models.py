@@ -216,8 +216,8 @@ def _config(text: str) -> Any:
         raise ModelError(f"transformers has no model type {kind!r}.{near}")
     config = AutoConfig.for_model(kind)
     given: dict[str, Any] = {}
-    for field in fields:
-        key, _, value = field.partition("=")
+    for setting in fields:
+        key, _, value = setting.partition("=")
         if not hasattr(config, key):
             near = did_you_mean(key, list(config.to_dict()))
             raise ModelError(f"random:{text}: {kind} has no setting {key!r}.{near}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -165,15 +164,16 @@ class _Composed(fx.Interpreter):
     def until_circuit(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the prefix and return what enters the circuit."""
         self.args_iter = iter(inputs)
-        for self._at in self._nodes:
-            if self._at.op == "call_module" and self._at.target == ENCRYPTED:
-                return tuple(fx.node.map_arg(self._at.args, self.env.__getitem__))
-            self.env[self._at] = self.run_node(self._at)
+        for node in self._nodes:
+            if node.op == "call_module" and node.target == ENCRYPTED:
+                self._encrypted = node
+                return tuple(fx.node.map_arg(node.args, self.env.__getitem__))
+            self.env[node] = self.run_node(node)
         raise AssertionError("partition made no encrypted part")
 
     def from_circuit(self, results: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the suffix and return the submodule's results."""
-        self.env[self._at] = results
+        self.env[self._encrypted] = results
         for node in self._nodes:
             self.env[node] = self.run_node(node)
         return tuple(self.env[node])
