@@ -454,7 +454,9 @@ def evaluate(
         str, typer.Option(help="What to do with longer lines: cut, split or error.")
     ] = "cut",
     sentences: Annotated[int, typer.Option(help="How many sentences the model writes.")] = 80,
-    modes: Annotated[str, typer.Option(help="clear, simulate, or both.")] = "clear,simulate",
+    modes: Annotated[
+        str, typer.Option(help="Some of fake (rounded floats), clear and simulate.")
+    ] = "fake,clear,simulate",
     calibration: Calibration = None,
     p_error: PError = None,
     seed: Seed = 0,

@@ -9,7 +9,7 @@ from fhe_fx.options import Options
 
 __all__ = ["parse_bits", "parse_modes"]
 
-_STAGE_OF = {"clear": "clear", "simulate": "simulated"}
+_STAGE_OF = {"fake": "fake_quantized", "clear": "clear", "simulate": "simulated"}
 
 
 def parse_bits(text: str) -> list[int]:
@@ -35,10 +35,10 @@ def parse_bits(text: str) -> list[int]:
 
 
 def parse_modes(text: str) -> list[str]:
-    """Read `clear`, `simulate` or both, and return stages.
+    """Read `fake`, `clear`, `simulate`, or a list of these, and return stages.
 
     Raises:
-        OptionsError: if a mode is neither.
+        OptionsError: if a mode is none of these.
     """
     modes = [m.strip() for m in text.split(",")]
     for mode in modes:

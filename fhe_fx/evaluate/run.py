@@ -19,10 +19,17 @@ from torch import Tensor, nn
 
 from fhe_fx.api import encrypt_submodule, encrypted_modules
 from fhe_fx.capture import resolve_targets
-from fhe_fx.errors import OptionsError, did_you_mean
+from fhe_fx.errors import OptionsError, PassError, did_you_mean
 from fhe_fx.evaluate.metrics import Tally, position_sums
 from fhe_fx.evaluate.results import Evaluation, SettingResult, StageResult, load_setting, write_text
-from fhe_fx.evaluate.stages import STAGES, Clear, RangeUse, Simulated, StagedRegion
+from fhe_fx.evaluate.stages import (
+    STAGES,
+    Clear,
+    FakeQuantized,
+    RangeUse,
+    Simulated,
+    StagedRegion,
+)
 from fhe_fx.evaluate.texts import (
     DataError,
     Texts,
@@ -35,6 +42,7 @@ from fhe_fx.options import Options
 from fhe_fx.passes import Pipeline
 from fhe_fx.report import report_on
 from fhe_fx.report.machine import installed_version, machine_name
+from fhe_fx.runtime.region import Region
 
 __all__ = ["RANGE_SHARE", "evaluate_submodule"]
 
@@ -366,7 +374,12 @@ class _Run:
         ranges: list[RangeUse] = []
         results = []
         for stage in (s for s in STAGES if s in self.stages):
-            runners = [_runner(stage, r.program, options.seed + i) for i, r in enumerate(regions)]
+            on_progress(f"preparing stage {stage}")
+            try:
+                runners = [_runner(stage, r, options.seed + i) for i, r in enumerate(regions)]
+            except PassError as error:
+                warned.append(f"There is no stage {stage}: {error}")
+                continue
             for module, region, runner in zip(modules, regions, runners, strict=True):
                 module.region = StagedRegion.of(region, runner)
                 module.mode = "clear"
@@ -374,7 +387,7 @@ class _Run:
             for runner in runners:
                 if isinstance(runner, Clear):
                     ranges += runner.ranges.values()
-                elif runner.excess > EXCESS:
+                elif isinstance(runner, Simulated) and runner.excess > EXCESS:
                     warned.append(_excess_warning(runner))
         exceeded = sorted((r for r in ranges if r.outside), key=lambda r: -r.share)
         warned += _range_warnings(exceeded)
@@ -400,8 +413,10 @@ class _Run:
         return StageResult(stage, tally.estimates(), round(time.perf_counter() - start, 1))
 
 
-def _runner(stage: str, program: Any, seed: int) -> Clear | Simulated:
-    return Clear(program) if stage == "clear" else Simulated(program, seed)
+def _runner(stage: str, region: Region, seed: int) -> FakeQuantized | Clear | Simulated:
+    if stage == "fake_quantized":
+        return FakeQuantized(region)
+    return Clear(region.program) if stage == "clear" else Simulated(region.program, seed)
 
 
 def _excess_warning(runner: Simulated) -> str:

@@ -17,13 +17,14 @@ from torch import Tensor, fx
 
 from fhe_fx.backends.reference.batch import run_batch
 from fhe_fx.backends.reference.noise import LookupNoise
+from fhe_fx.evaluate.fake import fake_quantized
 from fhe_fx.ir.program import Program
 from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.region import Region
 
-__all__ = ["STAGES", "Clear", "RangeUse", "Runner", "Simulated", "StagedRegion"]
+__all__ = ["STAGES", "Clear", "FakeQuantized", "RangeUse", "Runner", "Simulated", "StagedRegion"]
 
-STAGES = ("clear", "simulated")
+STAGES = ("fake_quantized", "clear", "simulated")
 """What a setting can be evaluated at, in the order of the way."""
 
 Samples = Sequence[Sequence[Tensor]]
@@ -72,6 +73,20 @@ class RangeUse:
         """Add some values."""
         self.outside += int(is_outside.sum())
         self.total += is_outside.numel()
+
+
+class FakeQuantized:
+    """The float program with rounded activations."""
+
+    def __init__(self, region: Region) -> None:
+        self.program = fake_quantized(region)
+
+    def __call__(self, samples: Samples) -> list[list[Tensor]]:
+        """Run the float program."""
+        reals = [torch.stack(list(x)) for x in zip(*samples, strict=True)]
+        inputs = [reals[self.program.source_of(n)] for n in self.program.placeholders]
+        results = run_batch(self.program, inputs)
+        return [[r.float() for r in row] for row in zip(*results, strict=True)]
 
 
 class _Integers:
