@@ -469,6 +469,7 @@ def evaluate(
     from fhe_fx.capture import resolve_targets
     from fhe_fx.evaluate import evaluate_submodule, read_texts
     from fhe_fx.evaluate.arguments import parse_bits, parse_modes
+    from fhe_fx.evaluate.plot import can_plot, plot_accuracy
     from fhe_fx.export.models import ModelError, load_calibration, load_model
     from fhe_fx.options import Options
 
@@ -500,6 +501,8 @@ def evaluate(
         )
         show("writing results")
         files = found.write(out)
+        if can_plot():
+            files += plot_accuracy(found, out)
     for note in found.notes:
         _say(f"note: {note}")
     for warning in found.all_warnings():
@@ -509,6 +512,8 @@ def evaluate(
     else:
         _print(found.table())
     _say(f"wrote {', '.join(str(f) for f in files)}")
+    if not can_plot():
+        _say("note: no plot was made; matplotlib is missing: pip install 'fhe_fx[plots]'")
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """How accurate a model remains when parts of it are encrypted: measured, with intervals."""
 
 from fhe_fx.evaluate.metrics import METRICS, Estimate
+from fhe_fx.evaluate.plot import plot_accuracy
 from fhe_fx.evaluate.results import Evaluation, SettingResult, StageResult
 from fhe_fx.evaluate.run import evaluate_submodule
 from fhe_fx.evaluate.stages import STAGES
@@ -16,6 +17,7 @@ __all__ = [
     "StageResult",
     "Texts",
     "evaluate_submodule",
+    "plot_accuracy",
     "read_texts",
     "sample_texts",
 ]
