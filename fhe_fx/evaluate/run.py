@@ -52,7 +52,8 @@ EXCESS = 1.5
 """Distance of simulated from clear results, in units of what noise explains, likewise."""
 _BATCH = 16
 _CALIBRATION_TEXTS = 128
-"""Texts of four times the circuit's length that the model writes for calibration."""
+"""Texts that the model writes for calibration, of four times the circuit's length or as long as its
+positions allow."""
 _MAX_BYTES = 4 << 30
 """Float logits that are kept, at most."""
 
@@ -161,7 +162,10 @@ class _OwnTexts:
 
     def __post_init__(self) -> None:
         self.digest = digest_of_model(self.model)
-        self.said = f"{_CALIBRATION_TEXTS} texts of {4 * self.tokens} tokens, the model's own"
+        room = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        most = room - 1 if isinstance(room, int) else 4 * self.tokens
+        self.length = max(self.tokens, min(4 * self.tokens, most))
+        self.said = f"{_CALIBRATION_TEXTS} texts of {self.length} tokens, the model's own"
 
     def _sample(self, n: int, tokens: int, seed: int) -> list[Tensor]:
         return sample_texts(
@@ -175,7 +179,7 @@ class _OwnTexts:
 
     def calibration(self) -> list[Any]:
         """Return model inputs."""
-        rows = self._sample(_CALIBRATION_TEXTS, 4 * self.tokens, self.seed)
+        rows = self._sample(_CALIBRATION_TEXTS, self.length, self.seed)
         return [{"input_ids": row[None]} for row in rows]
 
 

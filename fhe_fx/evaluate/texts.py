@@ -160,7 +160,10 @@ def _sampled(model: nn.Module, n: int, tokens: int, seed: int, start: int) -> Te
         return torch.cat([c.kwargs["input_ids"] for c in calls])[:count]
     room = getattr(config, "max_position_embeddings", None) or tokens + 1
     if tokens >= room:
-        raise CalibrationError(f"The model has {room} positions; texts of {tokens} do not fit.")
+        raise CalibrationError(
+            f"The model has {room} positions; a start and {tokens} tokens do not fit. "
+            f"Use at most {room - 1} tokens."
+        )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         is_known = isinstance(first, int) and first < size
