@@ -127,12 +127,15 @@ def evaluate_submodule(
         "calibration": digest_of_rows(known),
         "stages": list(stages),
     }
-    found = []
+    found: list[SettingResult] = []
+    times: list[float] = []
     for number, setting in enumerate(settings, 1):
         place = None if out is None else _place(out, fixed | {"options": repr(setting)})
-        at = f"n_bits={setting.n_bits}, {number} of {len(settings)}"
+        at = f"n_bits={setting.n_bits}, {number} of {len(settings)}{_left(times, settings, number)}"
+        start = time.perf_counter()
         evaluate = partial(run.setting, setting, _after(at, on_progress))
         found.append(_kept(place, evaluate))
+        times.append(time.perf_counter() - start)
     return Evaluation(
         model=name or type(model).__name__,
         targets=tuple(paths),
@@ -197,6 +200,13 @@ def _kept(place: Path | None, evaluate: Callable[[], SettingResult]) -> SettingR
     if place is not None:
         write_text(place, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return result
+
+
+def _left(times: Sequence[float], settings: Sequence[Options], number: int) -> str:
+    """Say how long the rest will take, going by the slowest setting: wider look-ups take longer."""
+    if not times or max(times) < 1:
+        return ""
+    return f", about {max(times) * (len(settings) - number + 1):.0f} s left"
 
 
 def _after(prefix: str, on_progress: Progress) -> Progress:

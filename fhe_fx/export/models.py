@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -161,8 +163,10 @@ def _from_package(name: str, module: str, package: str) -> NamedModel:
         raise ModelError(f"{name}: the installed package {package} holds no .gguf file. {how}.")
     options = {"gguf_file": files[0].name}
     directory = str(files[0].parent)
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers always draws
+        loaded = _pretrained(directory, is_local=True, **options)
     return NamedModel(
-        module=_pretrained(directory, is_local=True, **options),
+        module=loaded,
         tokenizer_from=directory,
         tokenizer_options=options,
     )

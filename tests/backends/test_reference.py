@@ -42,7 +42,7 @@ def _assert_equal_one_by_one(program: Program, gains: tuple[float, ...] = (1.0, 
             np.testing.assert_array_equal(a, b)
 
 
-@settings(QUICK, max_examples=25)
+@settings(QUICK, max_examples=15)
 @given(recipes())
 def test_many_samples_give_the_integers_of_each(recipe: Recipe) -> None:
     program = program_from(recipe, recipe.samples(), n_bits=4)
@@ -66,7 +66,6 @@ def test_many_samples_of_the_float_program_give_the_values_of_each(recipe: Recip
 @pytest.mark.parametrize(
     ("make", "target", "heads"),
     [
-        (shipped_gpt2, "h.0.attn", None),
         (shipped_gpt2, "h.0.attn", [1]),
         (shipped_gpt2, "h.0", None),
         (tiny_llama, "layers.0.self_attn", None),
@@ -75,7 +74,7 @@ def test_many_samples_of_the_float_program_give_the_values_of_each(recipe: Recip
 def test_many_sentences_give_the_integers_of_each(
     make: Callable[[], Any], target: str, heads: list[int] | None
 ) -> None:
-    encrypted = fhe_fx.encrypt_submodule(make(), target, max_tokens=4, heads=heads, options=FEW)
+    encrypted = fhe_fx.encrypt_submodule(make(), target, max_tokens=3, heads=heads, options=FEW)
     (module,) = encrypted_modules(encrypted)
     _assert_equal_one_by_one(module.region.program, (1.0, 2.0))
 
