@@ -7,8 +7,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from fhe_fx.api import encrypt_submodule, encrypted_modules
 from fhe_fx.capture import resolve_targets
 from fhe_fx.errors import OptionsError, PassError, did_you_mean
-from fhe_fx.evaluate.metrics import Tally, position_sums
+from fhe_fx.evaluate.compare import FloatRun, batches, next_logits, outputs_of
+from fhe_fx.evaluate.metrics import Tally
 from fhe_fx.evaluate.results import Evaluation, SettingResult, StageResult, load_setting, write_text
 from fhe_fx.evaluate.stages import (
     STAGES,
@@ -50,12 +50,9 @@ RANGE_SHARE = 0.001
 """Share of a look-up's inputs outside their range from which an evaluation warns."""
 EXCESS = 1.5
 """Distance of simulated from clear results, in units of what noise explains, likewise."""
-_BATCH = 16
 _CALIBRATION_TEXTS = 128
 """Texts that the model writes for calibration, of four times the circuit's length or as long as its
 positions allow."""
-_MAX_BYTES = 4 << 30
-"""Float logits that are kept, at most."""
 
 Progress = Callable[[str], None]
 
@@ -114,7 +111,7 @@ def evaluate_submodule(
     inputs = own.calibration() if calibration is None else list(calibration)
     known = [row for call in inputs for row in _token_rows(call)]
     on_progress(f"running the float model on {len(data.rows)} sentences")
-    expected = _FloatRun(model, paths, _batches(data.rows))
+    expected = FloatRun(model, paths, batches(data.rows))
     run = _Run(model, paths, heads, tokens, inputs, stages, passes, expected)
     fixed = {
         "code": _digest_of_code(),
@@ -259,99 +256,6 @@ def _digest_of_code() -> str:
     return found.hexdigest()
 
 
-def _batches(rows: Sequence[Tensor]) -> list[Tensor]:
-    """Stack sentences of equal length, `[n, tokens]` each: none is padded."""
-    lengths = sorted({len(row) for row in rows})
-    groups = [torch.stack([r for r in rows if len(r) == length]) for length in lengths]
-    return [part for group in groups for part in group.split(_BATCH)]
-
-
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    output = model(input_ids=ids, use_cache=False)
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 3:
-        raise DataError(
-            f"{type(model).__name__} returns no logits of next tokens, which are what is compared. "
-            f"Load the model with its language head."
-        )
-    return logits
-
-
-@contextmanager
-def _outputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Keep the first result of each submodule at its last call."""
-    found: dict[str, Tensor] = {}
-
-    def keep(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[path] = (output[0] if isinstance(output, tuple) else output).detach()
-
-        return hook
-
-    handles = [model.get_submodule(p).register_forward_hook(keep(p)) for p in paths]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _FloatRun:
-    """What the float model says, which every setting is compared with."""
-
-    def __init__(self, model: nn.Module, paths: Sequence[str], batches: Sequence[Tensor]) -> None:
-        self.batches, self.paths = batches, paths
-        self.logits: list[Tensor] = []
-        self.outputs: list[dict[str, Tensor]] = []
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), _outputs(model, paths) as found:
-                for ids in batches:
-                    self.logits.append(_logits(model, ids))
-                    self.outputs.append(dict(found))
-                    self._check_size()
-        finally:
-            model.train(was_training)
-        self.energy = {
-            p: float(sum(o[p].double().square().sum() for o in self.outputs)) for p in paths
-        }
-
-    def _check_size(self) -> None:
-        first = self.logits[0]
-        each = first.numel() * first.element_size() / self.batches[0].numel()
-        total = each * sum(ids.numel() for ids in self.batches)
-        if total > _MAX_BYTES:
-            fit = int(_MAX_BYTES / each)
-            raise DataError(
-                f"The predictions to compare with would take {total / 1e9:.1f} GB. Give fewer "
-                f"sentences, {fit:,} tokens at most."
-            )
-
-    def add(
-        self, tally: Tally, number: int, logits: Tensor, outputs: dict[str, Tensor] | None
-    ) -> None:
-        """Compare what a stage says of one batch."""
-        position_sums(tally, self.logits[number], logits, self.batches[number])
-        if outputs is None:
-            return
-        # Modules weigh alike: each error is taken relative to the whole energy of its module.
-        error, reference = torch.zeros(2, len(logits), dtype=torch.float64)
-        for path in self.paths:
-            exact = self.outputs[number][path].double()
-            ours = outputs[path].double()
-            error += (ours - exact).square().flatten(1).sum(1) / self.energy[path]
-            reference += exact.square().flatten(1).sum(1) / self.energy[path]
-        tally.add("relative_error", error, reference)
-
-    def stage(self) -> StageResult:
-        """Return the float model's own figures: its perplexity, the rest by definition."""
-        tally = Tally()
-        for number, logits in enumerate(self.logits):
-            self.add(tally, number, logits, self.outputs[number])
-        return StageResult("float", tally.estimates())
-
-
 @dataclass
 class _Run:
     """Evaluates one setting after the other."""
@@ -363,7 +267,7 @@ class _Run:
     calibration: list[Any]
     stages: Sequence[str]
     passes: Pipeline | None
-    expected: _FloatRun
+    expected: FloatRun
 
     def setting(self, options: Options, on_progress: Progress) -> SettingResult:
         """Lower the target, and run it at every stage."""
@@ -418,11 +322,11 @@ class _Run:
     def _stage(self, encrypted: nn.Module, stage: str, on_progress: Progress) -> StageResult:
         start = time.perf_counter()
         tally = Tally()
-        batches = self.expected.batches
-        with torch.no_grad(), _outputs(encrypted, self.paths) as found:
-            for number, ids in enumerate(batches):
-                on_progress(f"{stage}, batch {number + 1} of {len(batches)}")
-                logits = _logits(encrypted, ids)
+        texts = self.expected.batches
+        with torch.no_grad(), outputs_of(encrypted, self.paths) as found:
+            for number, ids in enumerate(texts):
+                on_progress(f"{stage}, batch {number + 1} of {len(texts)}")
+                logits = next_logits(encrypted, ids)
                 self.expected.add(tally, number, logits, found)
         return StageResult(stage, tally.estimates(), round(time.perf_counter() - start, 1))
 

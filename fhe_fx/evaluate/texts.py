@@ -145,7 +145,12 @@ def sample_texts(
     kept = _load(path, (n, tokens))
     if kept is None:
         on_progress(f"sampling {n} texts of {tokens} tokens from the model")
-        kept = torch.cat([_sampled(model, n, tokens, seed, i) for i in range(0, n, _BATCH)])
+        was_training = model.training
+        model.eval()
+        try:
+            kept = torch.cat([_sampled(model, n, tokens, seed, i) for i in range(0, n, _BATCH)])
+        finally:
+            model.train(was_training)
         _store(path, kept)
     return list(kept)
 

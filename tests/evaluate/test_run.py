@@ -13,7 +13,15 @@ import torch
 import fhe_fx
 from fhe_fx import Options
 from fhe_fx.errors import OptionsError, TargetError
-from fhe_fx.evaluate import STAGES, DataError, Evaluation, Texts, evaluate_submodule, sample_texts
+from fhe_fx.evaluate import (
+    STAGES,
+    DataError,
+    Evaluation,
+    Texts,
+    compare,
+    evaluate_submodule,
+    sample_texts,
+)
 from fhe_fx.evaluate import run as module
 from fhe_fx.passes import default_pipeline
 from fhe_fx.passes.lower_to_integers import LowerToIntegers
@@ -234,6 +242,6 @@ def test_bad_input_is_refused(cache: Path) -> None:
 def test_more_predictions_than_memory_holds_are_refused(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_MAX_BYTES", 40 * 4 * 10)
+    monkeypatch.setattr(compare, "_MAX_BYTES", 40 * 4 * 10)
     with pytest.raises(DataError, match="Give fewer sentences, 10 tokens at most"):
         _tiny()
