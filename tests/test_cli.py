@@ -260,3 +260,40 @@ def test_import_is_light() -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert found.stdout.strip() == "[]"
+
+
+# evaluate -------------------------------------------------------------------------------------
+
+
+def test_evaluate_prints_a_table_and_writes_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = tmp_path / "sentences.txt"
+    lines = (Path(SHIPPED) / "heldout.txt").read_text().splitlines()[:6]
+    data.write_text("\n".join(lines))
+    out = tmp_path / "found"
+    given = ["evaluate", SHIPPED, *PART, "--n-bits", "2,3", "--data", data, "--out", out]
+    table = invoke(*given)
+    assert table.exit_code == 0, table.stderr
+    rows = [line.split() for line in table.stdout.splitlines()]
+    assert [row[:2] for row in rows[3:]] == [
+        [bits, stage] for bits in "23" for stage in ("fake_quantized", "clear", "simulated")
+    ]
+    assert "note: 6 of 6 lines have more than 3 tokens" in table.stderr
+    found = json.loads(invoke(*given, "--json").stdout)
+    assert [s["n_bits"] for s in found["settings"]] == [2, 3]
+    assert found["positions"] == 18
+    names = {p.name for p in out.iterdir()}
+    assert names >= {"evaluation.json", "evaluation.csv", "settings"}
+
+
+def test_evaluate_refuses_bad_words(tmp_path: Path) -> None:
+    def evaluate(*words: object) -> str:
+        return refused("evaluate", SHIPPED, "--out", tmp_path / "new", *words)
+
+    assert evaluate() == "error: Give the part to encrypt: --submodule h.0.attn"
+    assert "runs backwards" in evaluate(*PART, "--n-bits", "8..2")
+    assert "There is no file" in evaluate(*PART, "--data", tmp_path / "none.txt")
+    assert "has no submodule 'h.9.attn'" in evaluate("--submodule", "h.9.attn")
+    assert not (tmp_path / "new").exists()

@@ -29,8 +29,10 @@ RULES: dict[str, set[str]] = {
     # api puts the rooms together; what writes and reads artefacts stands beside it.
     "api": COMPILER | {"capture", "passes", "backends", "runtime", "report"},
     "export": COMPILER | {"capture", "passes", "backends", "runtime", "report", "api"},
+    "evaluate": COMPILER | {"capture", "passes", "backends", "runtime", "report", "api"},
     "cli": COMPILER
-    | {"capture", "passes", "backends", "runtime", "report", "api", "export", "__init__"},
+    | {"capture", "passes", "backends", "runtime", "report", "api", "export", "evaluate"}
+    | {"__init__"},
     "__init__": COMPILER | {"api", "passes"},
     "__main__": {"cli"},
 }

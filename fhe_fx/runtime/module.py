@@ -133,9 +133,8 @@ class EncryptedModule(nn.Module):
             for i in range(n_samples)
         ]
         self._check_others(leaves, args, kwargs, samples, rows, result_axes)
-        runs = [
-            self._cut(self.region.run(sample, self._mode), rows, result_axes) for sample in samples
-        ]
+        found = self.region.run_many(samples, self._mode)
+        runs = [self._cut(results, rows, result_axes) for results in found]
         results = [torch.cat([run[k] for run in runs]) for k in range(len(runs[0]))]
         is_as_recorded = n_samples == 1 and rows is None
         return self._output([r.to(inputs[0]) for r in results], is_as_recorded)

