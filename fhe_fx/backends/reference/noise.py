@@ -3,7 +3,7 @@
 A ciphertext holds its message in slots, and a look-up errs when noise moves it by more than half a
 slot. Concrete's optimizer chooses parameters so that this happens with probability `p_error` at
 most, for a Gaussian noise: p = P(|e| > 1/2) = erfc(1 / (2 sqrt(2) s)), s in slots (Bergerat et al.
-2023, "Parameter optimization and larger precision for (T)FHE", section 2.4). This solves for s.
+2023, "Parameter optimization and larger precision for (T)FHE", section 2.4).
 
 Behind an approximate rounding the slot is that of the rounded value, and a message stands anywhere
 in it, so its neighbour is read more often than `p_error` says: near a border a little noise is
@@ -15,10 +15,11 @@ Every look-up gets the noise of the worst one here; the real ones have at most t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
+
+from fhe_fx.quant.wrapping import noise_in_slots
 
 __all__ = ["LookupNoise"]
 
@@ -44,8 +45,7 @@ class LookupNoise:
             seed: of the noise.
             saturates: see the field.
         """
-        half_slot = NormalDist().inv_cdf(1 - p_error / 2)
-        return LookupNoise(0.5 / half_slot, torch.Generator().manual_seed(seed), saturates)
+        return LookupNoise(noise_in_slots(p_error), torch.Generator().manual_seed(seed), saturates)
 
     def disturb(self, x: Tensor, bits: int, lsbs: int) -> Tensor:
         """Add noise to accumulators that a look-up of `bits` bits reads, `lsbs` bits above."""
