@@ -16,6 +16,8 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.ir.types import ValueType
 from fhe_fx.options import Options
 from fhe_fx.passes import Pass, Pipeline, default_pipeline
+from fhe_fx.quant.classes import find_classes
+from fhe_fx.quant.rounded import rounded_values
 
 Sample = tuple[Tensor, ...]
 
@@ -109,6 +111,28 @@ def lower(program: Program, passes: Sequence[Pass] | Pipeline | None = None) -> 
                 assert_close(expected, found, p.name)
             expected = found
     return given
+
+
+def lower_with_prediction(program: Program) -> tuple[list[Tensor], list[float]]:
+    """Run every pass, and predict the errors of the results from rounding alone.
+
+    The float program is run with every input, and every value that a look-up reads, rounded to its
+    slots, before any integer is made.
+
+    Returns:
+        The results of the given program in float on the samples, and the relative error of each
+        that roundings alone make.
+    """
+    *before, scales, integers = default_pipeline()
+    expected = lower(program, before)
+    draws = 4
+    rounded = rounded_values(program, find_classes(program), list(program.samples) * draws)
+    errors = [
+        relative_error(e.repeat(draws, *[1] * (e.dim() - 1)), rounded[node.name])
+        for e, node in zip(expected, program.results, strict=True)
+    ]
+    lower(program, (scales, integers))
+    return expected, errors
 
 
 def relative_error(expected: Tensor, found: Tensor) -> float:

@@ -16,10 +16,15 @@ from torch import Tensor
 
 from fhe_fx.backends.concrete import ConcreteBackend
 from fhe_fx.backends.reference import ReferenceBackend
-from fhe_fx.passes import default_pipeline
-from fhe_fx.quant.classes import find_classes
-from fhe_fx.quant.rounded import rounded_values
-from tests.programs import encode, lower, program_from, relative_error, run_integers, seeded
+from tests.programs import (
+    encode,
+    lower,
+    lower_with_prediction,
+    program_from,
+    relative_error,
+    run_integers,
+    seeded,
+)
 
 Step = Callable[..., Tensor]
 
@@ -176,13 +181,7 @@ QUICK = settings(
 @given(recipes())
 def test_every_pass_keeps_the_meaning(recipe: Recipe) -> None:
     program = program_from(recipe, recipe.samples(), n_bits=6)
-    *before, scale, integers = default_pipeline()
-    (expected,) = lower(program, before)
-    # What rounding every input and every look-up's input alone does to the float program.
-    rounded = rounded_values(program, find_classes(program), list(program.samples) * 4)
-    repeated = expected.repeat(4, *[1] * (expected.dim() - 1))
-    predicted = relative_error(repeated, rounded[program.results[0].name])
-    lower(program, (scale, integers))
+    (expected,), (predicted,) = lower_with_prediction(program)
     (found,) = run_integers(program, program.samples)
     assert relative_error(expected, found) < max(2 * predicted, 0.1)
 
