@@ -8,6 +8,7 @@ range is tried at several places, wrapped values and the noise of bootstraps inc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,8 +26,10 @@ from fhe_fx.quant.wrapping import LookupError
 
 __all__ = ["ChooseRanges"]
 
-_VALUES = 1 << 18
-"""Values from which the error of a look-up is estimated, at most."""
+_VALUES = 1 << 19
+"""Values from which the error of the largest look-up is estimated, about."""
+_LEAST = 16
+"""Samples that are tried at least."""
 
 
 @register
@@ -47,28 +50,39 @@ class ChooseRanges(Pass):
 
     def run(self, program: Program) -> bool:
         """Search the ends of each range, by class."""
+        sources = list(dict.fromkeys(d.input_node(n) for n in program.maps()))
+        if not sources:
+            return False
         classes = find_classes(program)
-        evidence = self._evidence(program, classes)
-        for source in dict.fromkeys(d.input_node(n) for n in program.maps()):
+        evidence = self._evidence(program, classes, sources)
+        for source in sources:
             low, high = self._search(program, classes, evidence, source)
             index = classes.of[source]
             source.meta["range"] = (low[index], high[index])
         return False
 
-    def _evidence(self, program: Program, classes: Classes) -> _Evidence:
+    def _evidence(self, program: Program, classes: Classes, sources: list[fx.Node]) -> _Evidence:
+        size = max(math.prod(d.shape_of(n)) for n in sources)
+        step = max(1, len(program.samples) // max(_LEAST, _VALUES // size))
+        samples = program.samples[::step]
         inputs = [torch.stack(values) for values in zip(*program.samples, strict=True)]
         medians = [values.median(0).values for values in inputs]
         rarer = [
             tuple(m + self.rarer * (x - m) for x, m in zip(sample, medians, strict=True))
-            for sample in program.samples
+            for sample in samples
         ]
-        samples = [*program.samples, *rarer]
-        weight = torch.ones(len(samples), dtype=torch.float64)
-        weight[len(program.samples) :] = self.weight_of_rarer
-        runs = [program.values(sample) for sample in samples]
+        weight = torch.ones(2 * len(samples), dtype=torch.float64)
+        weight[len(samples) :] = self.weight_of_rarer
+        samples = [*samples, *rarer]
+        names = {n.name for n in sources}
+        runs = [
+            {name: value for name, value in program.values(sample).items() if name in names}
+            for sample in samples
+        ]
+        rounded = rounded_values(program, classes, samples, names)
         return _Evidence(
-            {name: torch.stack([run[name] for run in runs]) for name in runs[0]},
-            rounded_values(program, classes, samples),
+            {name: torch.stack([run[name] for run in runs]) for name in names},
+            rounded,
             sensitivities(program, samples),
             weight,
         )
@@ -78,29 +92,27 @@ class ChooseRanges(Pass):
     ) -> tuple[Tensor, Tensor]:
         index = classes.of[source]
         exact, rounded = evidence.exact[source.name], evidence.rounded[source.name]
-        step = -(-exact.numel() // _VALUES)
         errors = [
             LookupError(
                 d.map_of(reader),
-                exact[::step],
-                rounded[::step],
+                exact,
+                rounded,
                 index,
                 int(reader.meta["lookup_bits"]),
                 program.options.p_error,
-                evidence.gradients[reader.name][:, ::step],
-                -(-len(program.samples) // step),
+                evidence.gradients[reader.name],
+                len(exact) // 2,
                 d.before_moves(source).op == "placeholder",
             )
             for reader in source.users
             if d.is_map(reader)
         ]
-        weight = evidence.weight[::step]
 
         def error_of(low: Tensor, high: Tensor) -> Tensor:
             # Readers of one value err together: their errors add before they are squared.
             error = torch.stack([e.of(low[index], high[index]) for e in errors]).sum(0)
             found = torch.zeros(classes.n_classes, dtype=torch.float64)
-            return found.scatter_add(0, index.reshape(-1), weight @ error.square().mean(0))
+            return found.scatter_add(0, index.reshape(-1), evidence.weight @ error.square().mean(0))
 
         low, high = class_ends(program, source, classes.of.__getitem__, classes.n_classes)
         span = high - low

@@ -54,11 +54,9 @@ class LimitFactors(Pass):
         size = max(program.observed[n.name].numel() for n in program.calls(d.MUL))
         kept, draws = -(-size // _VALUES), max(1, min(16, _VALUES // size))
         samples = list(program.samples[::kept]) * draws
-        exact = {
-            name: values[::kept].repeat(draws, *[1] * (values.dim() - 1))
-            for name, values in program.observed.items()
-        }
-        rounded = rounded_values(program, classes, samples)
+        names = {operand.name for n in program.calls(d.MUL) for operand in d.operands(n)}
+        exact = {name: torch.cat([program.observed[name][::kept]] * draws) for name in names}
+        rounded = rounded_values(program, classes, samples, names)
         found = {}
         for product in program.calls(d.MUL):
             for factor, argument, other in _factors(product):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,10 @@ __all__ = ["rounded_values"]
 
 
 def rounded_values(
-    program: Program, classes: Classes, samples: Sequence[tuple[Tensor, ...]]
+    program: Program,
+    classes: Classes,
+    samples: Sequence[tuple[Tensor, ...]],
+    names: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Run samples with every input, and every value that a map reads, rounded to its slots.
 
@@ -34,9 +37,10 @@ def rounded_values(
         program: with observed values.
         classes: of its elements.
         samples: values of the inputs.
+        names: nodes whose values are wanted; all without it.
 
     Returns:
-        Value of every encrypted node, `[n_samples, *shape]`, by node name.
+        Value of every such node, `[n_samples, *shape]`, by node name.
     """
     options = program.options
     bits = dict.fromkeys(program.placeholders, options.input_bits)
@@ -54,7 +58,7 @@ def rounded_values(
         for sample in samples:
             runner.found = {}
             runner.run(*[sample[program.source_of(n)] for n in program.placeholders])
-            runs.append(runner.found)
+            runs.append({k: v for k, v in runner.found.items() if names is None or k in names})
     return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
 
 
