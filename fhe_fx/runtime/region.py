@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from fhe_fx.backends.base import Circuit, CircuitFacts
+from fhe_fx.backends.base import Circuit, CircuitFacts, Integers
 from fhe_fx.backends.reference import ReferenceBackend
 from fhe_fx.errors import ArtifactError, BitWidthError, FheFxError
 from fhe_fx.ir.program import Program
@@ -19,10 +19,17 @@ from fhe_fx.passes.partition import ENCRYPTED, PREFIX, SUFFIX
 from fhe_fx.runtime.causality import causal_axes
 from fhe_fx.runtime.codec import Codec
 
-__all__ = ["MODES", "Region"]
+__all__ = ["MODES", "Region", "Remote"]
 
-MODES = ("disable", "clear", "simulate", "execute")
-"""Float; integers by the reference; integers with modelled noise; encrypted."""
+MODES = ("disable", "clear", "simulate", "execute", "remote")
+"""Float; integers by the reference; with modelled noise; encrypted here; encrypted elsewhere."""
+
+
+class Remote(Protocol):
+    """A circuit that another machine runs."""
+
+    def execute(self, inputs: Sequence[Integers]) -> list[Integers]:
+        """Encrypt, have it run, decrypt."""
 
 
 @dataclass
@@ -43,6 +50,8 @@ class Region:
     """What lowered it."""
     input_shapes: tuple[tuple[int, ...], ...]
     """Shape of each encrypted input of the submodule, for one sample."""
+    remote: Remote | None = None
+    """Who runs it in mode "remote"; `fhe_fx.connect` says so."""
     _circuit: Circuit | None = None
     _causal: dict[tuple[int, ...], dict[int, int] | None] = field(default_factory=dict)
 
@@ -123,7 +132,7 @@ class Region:
 
         Args:
             inputs: one tensor for each encrypted input of the submodule.
-            mode: "clear", "simulate" or "execute".
+            mode: "clear", "simulate", "execute" or "remote".
         """
         with torch.no_grad():
             results = _Composed(self, mode).run(*[x.detach().float().cpu() for x in inputs])
@@ -131,10 +140,16 @@ class Region:
 
     def run_circuit(self, inputs: Sequence[Tensor], mode: str) -> list[Tensor]:
         """Quantize, run the circuit in one of its modes, and return real results."""
-        circuit = ReferenceBackend().compile(self.program) if mode == "clear" else self.circuit()
-        runs = {"clear": circuit.clear, "simulate": circuit.simulate, "execute": circuit.execute}
         codec = Codec.of(self.program)
-        return codec.decode(runs[mode](codec.encode(inputs)))
+        return codec.decode(self._runner(mode)(codec.encode(inputs)))
+
+    def _runner(self, mode: str) -> Callable[[Sequence[Integers]], list[Integers]]:
+        if mode == "clear":
+            return ReferenceBackend().compile(self.program).clear
+        if mode == "remote":
+            assert self.remote is not None, "the mode was not checked"
+            return self.remote.execute
+        return self.circuit().simulate if mode == "simulate" else self.circuit().execute
 
 
 class _Composed(fx.Interpreter):
