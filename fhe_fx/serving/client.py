@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -26,6 +28,8 @@ from fhe_fx.serving.keys import StoredKeys, keys_directory, stored_keys
 from fhe_fx.serving.wire import ResultEncoding, kept_bits, pack_inputs, unpack_results
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from fhe_fx.backends.concrete.parties import ConcreteClient
 
 __all__ = ["Connection", "RemoteCircuit", "connect"]
@@ -69,19 +73,34 @@ def connect(
     """
     paths = [client] if isinstance(client, (str, Path)) else list(client)
     http = _Http(url, token, on_stage)
-    circuits = [_circuit(http, Path(p), keys, passphrase, timeout) for p in paths]
-    connection = Connection(http, circuits)
-    if model is not None:
-        connection.attach(model)
+    try:
+        circuits = [_circuit(http, Path(p), keys, passphrase, timeout) for p in paths]
+        connection = Connection(http, circuits)
+        if model is not None:
+            connection.attach(model)
+    except BaseException:
+        http.close()
+        raise
     return connection
 
 
 class Connection:
-    """A server, and the circuits of it that this client may use."""
+    """A server, and the circuits of it that this client may use; `close` it, or use `with`."""
 
     def __init__(self, http: _Http, circuits: Sequence[RemoteCircuit]) -> None:
         self._http = http
         self.circuits = list(circuits)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def attach(self, model: nn.Module) -> None:
         """Let `set_mode(model, "remote")` run the exported parts of a model on the server.
@@ -200,9 +219,9 @@ def _circuit(
     http: _Http, path: Path, keys: str | Path | None, passphrase: str | None, timeout: float
 ) -> RemoteCircuit:
     bundle = load_client_bundle(path)
+    _check_served(http, bundle, path)
     stored = stored_keys(bundle, keys_directory(path, keys))
     secret = stored.read_secret(str(bundle.manifest["keyset"]), passphrase)
-    _check_served(http, bundle, path)
     _upload(http, stored)
     from fhe_fx.backends.concrete.parties import ConcreteClient
 
@@ -250,12 +269,11 @@ class _Http:
     def __init__(self, url: str, token: str | None, on_stage: Stage) -> None:
         self.url, self.on_stage = url.rstrip("/"), on_stage
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        try:
-            self._client = httpx.Client(
-                base_url=self.url, headers=headers, timeout=httpx.Timeout(60.0, connect=10.0)
-            )
-        except httpx.InvalidURL as error:
-            raise RemoteError(f"{url!r} is not a URL: {error}.") from error
+        if not re.match(r"https?://[^/]", self.url):
+            raise RemoteError(f"{url!r} is not the URL of a server. Write http://HOST:PORT.")
+        self._client = httpx.Client(
+            base_url=self.url, headers=headers, timeout=httpx.Timeout(60.0, connect=10.0)
+        )
 
     def close(self) -> None:
         self._client.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
-import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -122,8 +121,9 @@ class _Uvicorn(uvicorn.Server):
             self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take no more runs and end; uvicorn's own would kill this process with `sig` at last."""
         self._app.state.server.runs.is_draining = True
-        super().handle_exit(signal.SIGTERM, frame)  # a second Ctrl-C is no reason to lose work
+        self.should_exit = True  # a second Ctrl-C is no reason to lose work
 
 
 def _tokens(options: ServeOptions) -> Tokens:

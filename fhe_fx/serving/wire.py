@@ -29,6 +29,7 @@ from fhe_fx.errors import WireError
 __all__ = [
     "MAX_SKELETON",
     "ResultEncoding",
+    "check_message",
     "kept_bits",
     "pack_inputs",
     "pack_results",
@@ -45,6 +46,7 @@ DEVIATIONS, SLOTS = 6, 0.25
 LEVEL = 3
 _INPUTS, _RESULTS = b"fhe_fx inputs 1\n", b"fhe_fx results 1\n"
 _MAX_VALUES = 64
+_MAX_SEGMENTS = 512
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,27 @@ def kept_bits(encoding: ResultEncoding) -> int:
     return min(64, encoding.width + margin)
 
 
+def check_message(message: bytes) -> bytes:
+    """Return a Cap'n Proto message if its segments are as long as it states.
+
+    A native parser finds out too, but a truncated key keeps it busy for a quarter of a minute.
+
+    Raises:
+        WireError: if the message is truncated, or more follows it.
+    """
+    if len(message) < 8:
+        raise WireError(f"A message has {len(message)} bytes; that is not even its header.")
+    segments = int.from_bytes(message[:4], "little") + 1
+    header = 4 + 4 * segments
+    header += -header % 8
+    if segments > _MAX_SEGMENTS or len(message) < header:
+        raise WireError(f"A message states {segments} segments, which it does not have.")
+    stated = header + 8 * sum(struct.unpack_from(f"<{segments}I", message, 4))
+    if stated != len(message):
+        raise WireError(f"A message has {len(message)} bytes; its header states {stated}.")
+    return message
+
+
 # Inputs ---------------------------------------------------------------------------------------
 
 
@@ -111,7 +134,7 @@ def unpack_inputs(body: bytes, count: int) -> list[bytes]:
         raise WireError(f"The body has {len(body)} bytes; its sizes add up to another number.")
     values = []
     for size in sizes:
-        values.append(body[first : first + size])
+        values.append(check_message(body[first : first + size]))
         first += size
     return values
 
@@ -153,7 +176,7 @@ def unpack_results(body: bytes, encodings: Sequence[ResultEncoding]) -> list[byt
         values = []
         for header, encoding in zip(headers, encodings, strict=True):
             before, after, *planes = _parts(body, at, header)
-            values.append(before + _words(planes, encoding) + after)
+            values.append(check_message(before + _words(planes, encoding) + after))
             at += sum(len(part) for part in (before, after, *planes))
     except (KeyError, TypeError, ValueError, RecursionError, zstandard.ZstdError) as error:
         raise WireError(f"The results cannot be read: {error}.") from error

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fhe_fx.errors import FheFxError, WireError
 from fhe_fx.export.bundle import ServerBundle, load_server_bundle
-from fhe_fx.serving.wire import ResultEncoding, pack_results, unpack_inputs
+from fhe_fx.serving.wire import ResultEncoding, check_message, pack_results, unpack_inputs
 
 if TYPE_CHECKING:
     from fhe_fx.backends.concrete.parties import ConcreteServer, EvaluationKeys
@@ -90,7 +90,7 @@ class Worker:
         size += path.stat().st_size
         while self._keys and size + sum(n for n, _ in self._keys.values()) > self._key_memory:
             self._keys.popitem(last=False)
-        keys = parse_evaluation_keys(path.read_bytes())
+        keys = parse_evaluation_keys(check_message(path.read_bytes()))
         self._keys[name] = size, keys
         return keys
 
@@ -114,7 +114,10 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     _bound(int(settings["memory"]))
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what native code prints is no answer
+    # What native code prints is no answer, and on malformed bytes it prints hundreds of megabytes.
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
     worker = Worker(settings["bundles"], int(settings["key_memory"]))
     for line in sys.stdin:
         answers.write(json.dumps(worker.answer(json.loads(line))) + "\n")

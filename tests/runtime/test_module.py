@@ -181,7 +181,8 @@ def test_modes(mixed: Any) -> None:
     with pytest.raises(OptionsError) as caught:
         fhe_fx.set_mode(mixed, "claer")
     assert str(caught.value) == (
-        "mode='claer' is not one of disable, clear, simulate, execute, remote. Did you mean 'clear'?"
+        "mode='claer' is not one of disable, clear, simulate, execute, remote. "
+        "Did you mean 'clear'?"
     )
     with pytest.raises(OptionsError, match="mode=3 is not one of"):
         mixed.part.mode = 3
