@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from fhe_fx.backends.keyfile import read_keys, write_keys
+from fhe_fx.cli import app
 from fhe_fx.errors import ArtifactError
 from fhe_fx.export import load_client_bundle
 from fhe_fx.serving.keys import StoredKeys, keygen, keys_directory, stored_keys
@@ -45,6 +47,25 @@ def test_the_evaluation_keys_do_not_hold_the_secret_ones(alice: StoredKeys) -> N
     words = re.compile(rb"(?:[\x00\x01]\x00{7}){64}")
     assert words.search(alice.secret.read_bytes())
     assert not words.search(alice.evaluation.read_bytes())
+
+
+@pytest.mark.fhe
+def test_the_command_makes_keys_under_a_passphrase(exported: Path, tmp_path: Path) -> None:
+    words = tmp_path / "passphrase"
+    words.write_text("correct horse\n")
+    arguments = ["keygen", exported / "client", "--keys", tmp_path / "keys"]
+    arguments += ["--passphrase-file", words]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.stderr
+    bundle = load_client_bundle(exported / "client")
+    made = stored_keys(bundle, tmp_path / "keys")
+    secret, key = result.stdout.strip().splitlines()
+    assert secret.endswith("encrypted under the passphrase; never give them away")
+    assert key.endswith(f"MB for the server, id {made.id}")
+    assert made.read_secret(bundle.manifest["keyset"], "correct horse")
+    again = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert again.exit_code == 2
+    assert "keys are never overwritten" in again.stderr
 
 
 def test_keys_under_a_passphrase(tmp_path: Path) -> None:
