@@ -66,12 +66,12 @@ class LocalPool:
     """Worker processes of this machine, each with one run at a time."""
 
     def __init__(
-        self, bundles: Mapping[str, Path], n_workers: int, memory: int, key_memory: int
+        self, circuits: Mapping[str, Any], n_workers: int, memory: int, key_memory: int
     ) -> None:
         """Prepare.
 
         Args:
-            bundles: server's bundles by bundle id.
+            circuits: what `Worker` takes, by bundle id.
             n_workers: processes; one run uses every core, so one is usually right.
             memory: bytes that a worker may use; 0 for no bound of its own.
             key_memory: bytes of evaluation keys that a worker keeps.
@@ -79,7 +79,7 @@ class LocalPool:
         self.slots = n_workers
         self.restarts = 0
         settings = {
-            "bundles": {k: str(v) for k, v in bundles.items()},
+            "circuits": dict(circuits),
             "memory": memory,
             "key_memory": key_memory,
         }

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import logging
 import os
+import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from fhe_fx.errors import ArtifactError, OptionsError
-from fhe_fx.export.bundle import load_server_bundle
+from fhe_fx.export.bundle import ServerBundle, load_server_bundle
 from fhe_fx.export.manifest import MANIFEST
 from fhe_fx.serving.app import Settings, create_app
 from fhe_fx.serving.engine import LocalPool
@@ -49,11 +52,11 @@ class ServeOptions:
     limits: Limits = field(default_factory=Limits)
 
 
-def server_bundles(directory: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+def server_bundles(directory: Path) -> dict[str, ServerBundle]:
     """Read a server's bundle, or all of those in a directory.
 
     Returns:
-        Directory and manifest by bundle id.
+        Bundles by their id.
 
     Raises:
         ArtifactError: if there is none, or one is damaged.
@@ -65,8 +68,25 @@ def server_bundles(directory: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
             f"{directory} holds no server's bundle. Make one with: fhe-fx export; it is the "
             f"directory `server` of what is written."
         )
-    manifests = [(f.resolve(), load_server_bundle(f).manifest) for f in folders]
-    return {str(m["bundle"]): (f, m) for f, m in manifests}
+    return {str(b.manifest["bundle"]): b for b in map(load_server_bundle, folders)}
+
+
+def _unpacked(bundles: Mapping[str, ServerBundle], root: Path) -> dict[str, Any]:
+    """Write the machine code of circuits where workers load it, and say what they must know."""
+    shutil.rmtree(root, ignore_errors=True)  # of an earlier start
+    circuits = {}
+    for name, bundle in bundles.items():
+        folder = root / name
+        folder.mkdir(mode=0o700, parents=True)
+        for file, content in bundle.files.items():
+            (folder / file).write_bytes(content)
+        manifest = bundle.manifest
+        circuits[name] = {
+            "folder": str(folder),
+            "wire": manifest["wire"],
+            "key_bytes": manifest["cost"]["key_bytes"],
+        }
+    return circuits
 
 
 def serve(
@@ -81,31 +101,38 @@ def serve(
 
     Raises:
         ArtifactError: if a bundle is damaged.
-        OptionsError: if the settings are unsafe, or the port is taken.
+        OptionsError: if the settings are unsafe, or the port or the store is taken.
     """
     bundles = server_bundles(directory)
     tokens = _tokens(options)
     directory = directory.resolve()
     store = options.key_store or directory.with_name(f"{directory.name}.store")
+    with _lock(store), _listen(options) as listener:
+        _log_to_stderr()
+        app = _application(bundles, store, tokens, options)
+        scheme = "https" if options.tls_certificate else "http"
+        host, port = listener.getsockname()[:2]
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False, lifespan="on",
+            limit_concurrency=CONNECTIONS, timeout_keep_alive=30, timeout_graceful_shutdown=30,
+            ssl_certfile=options.tls_certificate, ssl_keyfile=options.tls_key,
+        )  # fmt: skip
+        server = _Uvicorn(config, app, lambda: on_ready(f"{scheme}://{host}:{port}"))
+        server.run(sockets=[listener])
+
+
+def _application(
+    bundles: Mapping[str, ServerBundle], store: Path, tokens: Tokens, options: ServeOptions
+) -> FastAPI:
     engine = LocalPool(
-        {k: folder for k, (folder, _) in bundles.items()},
+        _unpacked(bundles, store / "circuits"),
         options.workers, _worker_memory(options), int(options.key_gigabytes * 1e9),
     )  # fmt: skip
-    settings = Settings(
-        {k: manifest for k, (_, manifest) in bundles.items()}, engine,
-        DirectoryKeyStore(store / "keys"), store / "runs", tokens, options.limits, options.grace,
-    )  # fmt: skip
-    _log_to_stderr()
-    app = create_app(settings)
-    listener = _listen(options)
-    scheme = "https" if options.tls_certificate else "http"
-    host, port = listener.getsockname()[:2]
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=30, timeout_graceful_shutdown=30, lifespan="on",
-        ssl_certfile=options.tls_certificate, ssl_keyfile=options.tls_key,
-    )  # fmt: skip
-    _Uvicorn(config, app, lambda: on_ready(f"{scheme}://{host}:{port}")).run(sockets=[listener])
+    manifests = {name: bundle.manifest for name, bundle in bundles.items()}
+    keys = DirectoryKeyStore(store / "keys")
+    return create_app(
+        Settings(manifests, engine, keys, store / "runs", tokens, options.limits, options.grace)
+    )
 
 
 class _Uvicorn(uvicorn.Server):
@@ -161,6 +188,20 @@ def _listen(options: ServeOptions) -> socket.socket:
             f"Choose another --port, or 0 for a free one."
         ) from error
     return listener
+
+
+def _lock(store: Path) -> IO[bytes]:
+    """Keep other servers out of a store for as long as this process lives."""
+    store.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = (store / "lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise OptionsError(
+            f"{store} is used by another server. Stop it, or give another --key-store."
+        ) from error
+    return file
 
 
 def _log_to_stderr() -> None:

@@ -1,6 +1,6 @@
 """A process that parses and runs what clients sent; if it dies, one run dies with it.
 
-    python -m fhe_fx.serving.worker '{"bundles": {...}, ...}'
+    python -m fhe_fx.serving.worker '{"circuits": {...}, ...}'
 
 It reads one JSON object a line from standard input, the job, and answers with one line: `{"ok":
 true}`, or `{"ok": false, "kind": ..., "message": ...}`. Ciphertexts, keys and results are in files.
@@ -14,13 +14,11 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fhe_fx.errors import FheFxError, WireError
-from fhe_fx.export.bundle import ServerBundle, load_server_bundle
 from fhe_fx.serving.wire import ResultEncoding, check_message, pack_results, unpack_inputs
 
 if TYPE_CHECKING:
@@ -34,18 +32,18 @@ _PR_SET_PDEATHSIG = 1
 class Worker:
     """Holds circuits and, within a bound on memory, the evaluation keys used last."""
 
-    def __init__(self, directories: dict[str, str], key_memory: int) -> None:
+    def __init__(self, circuits: dict[str, dict[str, Any]], key_memory: int) -> None:
         """Prepare; a circuit is loaded when it is first run.
 
         Args:
-            directories: server's bundles by bundle id.
+            circuits: by bundle id: "folder" with its machine code, and "wire" and "key_bytes" of
+                its manifest.
             key_memory: bytes of evaluation keys to keep; the key in use may exceed it.
         """
-        self._directories = directories
+        self._circuits = circuits
         self._key_memory = key_memory
         self._keys: OrderedDict[str, tuple[int, EvaluationKeys]] = OrderedDict()
-        self._circuits: dict[str, tuple[ServerBundle, ConcreteServer]] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="fhe_fx-worker-")
+        self._servers: dict[str, ConcreteServer] = {}
 
     def answer(self, job: dict[str, Any]) -> dict[str, Any]:
         """Do a job: run `circuit` on the file `inputs` with the file `keys`, write `result`."""
@@ -60,24 +58,19 @@ class Worker:
         return {"ok": True}
 
     def _run(self, job: dict[str, Any]) -> None:
-        bundle, server = self._circuit(job["circuit"])
+        circuit = self._circuits[job["circuit"]]
         body = Path(job["inputs"]).read_bytes()
-        inputs = unpack_inputs(body, int(bundle.manifest["wire"]["inputs"]))
-        keys = self._evaluation_keys(Path(job["keys"]), int(bundle.manifest["cost"]["key_bytes"]))
-        results = server.run(inputs, keys)
-        Path(job["result"]).write_bytes(pack_results(results, ResultEncoding.of(bundle.manifest)))
+        inputs = unpack_inputs(body, int(circuit["wire"]["inputs"]))
+        keys = self._evaluation_keys(Path(job["keys"]), int(circuit["key_bytes"]))
+        results = self._server(job["circuit"]).run(inputs, keys)
+        Path(job["result"]).write_bytes(pack_results(results, ResultEncoding.of(circuit)))
 
-    def _circuit(self, bundle_id: str) -> tuple[ServerBundle, ConcreteServer]:
-        if bundle_id not in self._circuits:
+    def _server(self, bundle_id: str) -> ConcreteServer:
+        if bundle_id not in self._servers:
             from fhe_fx.backends.concrete.parties import ConcreteServer
 
-            bundle = load_server_bundle(self._directories[bundle_id])
-            folder = Path(self._folder.name) / bundle_id
-            folder.mkdir()
-            for name, content in bundle.files.items():
-                (folder / name).write_bytes(content)
-            self._circuits[bundle_id] = bundle, ConcreteServer(folder)
-        return self._circuits[bundle_id]
+            self._servers[bundle_id] = ConcreteServer(Path(self._circuits[bundle_id]["folder"]))
+        return self._servers[bundle_id]
 
     def _evaluation_keys(self, path: Path, size: int) -> EvaluationKeys:
         """Return the keys in a file; `size` is what they need, masks included."""
@@ -118,7 +111,7 @@ def main() -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    worker = Worker(settings["bundles"], int(settings["key_memory"]))
+    worker = Worker(settings["circuits"], int(settings["key_memory"]))
     for line in sys.stdin:
         answers.write(json.dumps(worker.answer(json.loads(line))) + "\n")
         answers.flush()

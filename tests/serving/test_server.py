@@ -402,6 +402,11 @@ def test_what_is_kept_survives_the_server(
         Asked(http, bundle, alice.id, body, last.id).check_done(bundle)
 
 
+def test_a_store_has_one_server(server: Server, exported: Path) -> None:
+    with pytest.raises(OptionsError, match="is used by another server"):
+        serve(exported / "server", ServeOptions(port=0, key_store=server.store))
+
+
 def test_unsafe_settings_are_refused(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionsError, match="everybody could use it"):
         serve(exported / "server", ServeOptions(host="0.0.0.0"))
