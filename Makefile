@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint bench docs clean
+.PHONY: venv demo test lint bench stress docs clean
 
 # The CPU build of PyTorch is enough; where the registry's own build is a CUDA one, run
 #   make venv PIP_FLAGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
@@ -33,6 +33,9 @@ lint: venv
 
 bench: venv
 	$(BIN)/python benchmarks/attention.py
+
+stress: venv
+	$(BIN)/python -W ignore benchmarks/stress.py
 
 docs: venv
 	$(BIN)/python docs/build.py

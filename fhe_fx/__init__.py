@@ -1,10 +1,15 @@
 """fhe_fx rewrites PyTorch graphs so that a part of a model runs on encrypted data."""
 
+from typing import TYPE_CHECKING, Any
+
 from fhe_fx import passes
 from fhe_fx.api import compile, encrypt_submodule, report, set_mode
 from fhe_fx.errors import FheFxError
 from fhe_fx.options import Options
 from fhe_fx.passes import register_lowering
+
+if TYPE_CHECKING:
+    from fhe_fx.serving.client import connect
 
 __version__ = "0.1.0"
 
@@ -13,9 +18,19 @@ __all__ = [
     "Options",
     "__version__",
     "compile",
+    "connect",
     "encrypt_submodule",
     "passes",
     "register_lowering",
     "report",
     "set_mode",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs the `client` extra when it is asked for."""
+    if name == "connect":
+        from fhe_fx.serving.client import connect
+
+        return connect
+    raise AttributeError(f"module 'fhe_fx' has no attribute {name!r}")

@@ -147,10 +147,10 @@ def compile(model: nn.Module, *, verbose: bool = True) -> Report:
 
 
 def set_mode(model: nn.Module, mode: str) -> None:
-    """Switch every encrypted part of a model to `disable`, `clear`, `simulate` or `execute`.
+    """Switch every encrypted part to `disable`, `clear`, `simulate`, `execute` or `remote`.
 
     Raises:
-        OptionsError: if there is no such mode.
+        OptionsError: if there is no such mode, or no server for `remote`.
         TargetError: if the model has no encrypted part.
     """
     for module in encrypted_modules(model):

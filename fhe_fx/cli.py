@@ -1,4 +1,4 @@
-"""The `fhe-fx` command: export a region, report its cost, run it, list the passes, look around.
+"""The `fhe-fx` command: export a region, report its cost, run it, serve it, look around.
 
 Results go to standard output, everything else to standard error; `--json` prints one object.
 """
@@ -156,6 +156,9 @@ Calibration = Annotated[
 ]
 PError = Annotated[
     float | None, typer.Option(help="Probability that a look-up reads the neighbouring entry.")
+]
+PassphraseFile = Annotated[
+    Path | None, typer.Option(help="Its text encrypts the secret keys, or decrypts them.")
 ]
 Seed = Annotated[int, typer.Option(help="Of random weights and of sampled calibration.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -514,6 +517,80 @@ def evaluate(
     _say(f"wrote {', '.join(str(f) for f in files)}")
     if not can_plot():
         _say("note: no plot was made; matplotlib is missing: pip install 'fhe_fx[plots]'")
+
+
+@app.command()
+def keygen(
+    client: Annotated[Path, typer.Argument(help="The directory `client` of an export.")],
+    keys: Annotated[
+        Path | None, typer.Option(help="Directory to write; by default CLIENT.keys beside it.")
+    ] = None,
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Make a client's keys: secret keys that only you can read, evaluation keys for the server."""
+    from fhe_fx.serving.keys import keygen as make
+
+    passphrase = _passphrase(passphrase_file)
+    with _progress("making keys") as show:
+        made = _interruptibly(lambda: make(client, keys, passphrase, show))
+    how = "encrypted under the passphrase" if passphrase else "readable by you alone"
+    _print(f"{made.secret}: secret keys, {how}; never give them away")
+    _print(
+        f"{made.evaluation}: {_size(made.evaluation.stat().st_size)} for the server, id {made.id}"
+    )
+
+
+def _passphrase(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    if not (text := file.read_text(encoding="utf-8").strip()):
+        raise OptionsError(f"{file} holds no passphrase.")
+    return text
+
+
+@app.command()
+def serve(
+    directory: Annotated[
+        Path, typer.Argument(help="The directory `server` of an export, or a directory of such.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8080,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Lines `TENANT TOKEN`, mode 0600; needed beyond loopback.")
+    ] = None,
+    key_store: Annotated[
+        Path | None, typer.Option(help="Keys and results; by default SERVER_DIR.store beside it.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at once; each uses every core.")] = 1,
+    worker_memory: Annotated[
+        float, typer.Option(min=0, help="GB that a worker may use; 0 shares out the machine's.")
+    ] = 0,
+    key_memory: Annotated[float, typer.Option(min=0, help="GB of keys that a worker keeps.")] = 2,
+    queue: Annotated[int, typer.Option(min=1, help="Runs that may wait or be computed.")] = 16,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one run may take.")] = 3600,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish in at the end.")] = 60,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+) -> None:
+    """Run circuits for clients, who keep data and secret keys.
+
+    Prints its URL when it is ready; logs one JSON object a line on standard error.
+    """
+    from fhe_fx.serving.runs import Limits
+    from fhe_fx.serving.server import ServeOptions
+    from fhe_fx.serving.server import serve as run_server
+
+    limits = Limits(queue=queue, tenant_queue=max(1, queue // 2), timeout=timeout)
+    options = ServeOptions(
+        host, port, token_file, key_store, workers, worker_memory, key_memory, grace,
+        tls_certificate, tls_key, limits,
+    )  # fmt: skip
+    run_server(directory, options, _say_ready)
+
+
+def _say_ready(url: str) -> None:
+    _print(url)
+    sys.stdout.flush()
 
 
 @app.command()

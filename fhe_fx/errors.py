@@ -13,8 +13,10 @@ __all__ = [
     "InvariantError",
     "OptionsError",
     "PassError",
+    "RemoteError",
     "TargetError",
     "UnsupportedOpError",
+    "WireError",
     "did_you_mean",
 ]
 
@@ -65,6 +67,14 @@ class InputError(FheFxError, ValueError):
 
 class ArtifactError(FheFxError):
     """A saved circuit is truncated, altered, or of another version."""
+
+
+class RemoteError(FheFxError):
+    """A server cannot be reached, refuses a request, or serves another circuit."""
+
+
+class WireError(FheFxError):
+    """Bytes from the other party are malformed, or do not fit the circuit."""
 
 
 def did_you_mean(name: str, known: list[str], limit: int = 3) -> str:

@@ -30,15 +30,17 @@ RULES: dict[str, set[str]] = {
     "api": COMPILER | {"capture", "passes", "backends", "runtime", "report"},
     "export": COMPILER | {"capture", "passes", "backends", "runtime", "report", "api"},
     "evaluate": COMPILER | {"capture", "passes", "backends", "runtime", "report", "api"},
+    # client and server: bundles come from export, stand-ins from the runtime.
+    "serving": FOUNDATION | {"backends", "runtime", "export"},
     "cli": COMPILER
-    | {"capture", "passes", "backends", "runtime", "report", "api", "export", "evaluate"}
+    | {"capture", "passes", "backends", "runtime", "report", "api", "export", "evaluate", "serving"}
     | {"__init__"},
-    "__init__": COMPILER | {"api", "passes"},
+    "__init__": COMPILER | {"api", "passes", "serving"},
     "__main__": {"cli"},
 }
 """What each room may import of the package, besides itself."""
 
-LAZY_ONLY = {"fhe_fx.backends.concrete": {"runtime", "report", "export", "cli"}}
+LAZY_ONLY = {"fhe_fx.backends.concrete": {"runtime", "report", "export", "cli", "serving"}}
 """Modules that may be imported inside functions only, and by these rooms."""
 
 
@@ -131,6 +133,15 @@ def test_only_its_backend_imports_concrete() -> None:
     assert not wrong, _listed(wrong)
 
 
+def test_only_serving_imports_the_web() -> None:
+    web = {"fastapi", "starlette", "uvicorn", "prometheus_client", "httpx", "zstandard"}
+    wrong = [i for i in IMPORTS if i.module.split(".")[0] in web and i.room != "serving"]
+    assert not wrong, _listed(wrong)
+    early = [i for i in OWN if i.imported_room == "serving" and i.room != "serving"]
+    early = [i for i in early if not (i.is_lazy or i.is_for_types)]
+    assert not early, _listed(early)
+
+
 def test_the_concrete_backend_is_imported_late() -> None:
     for module, rooms in LAZY_ONLY.items():
         room = PACKAGE.joinpath(*module.split(".")[1:])
@@ -155,6 +166,7 @@ def _seconds(statement: str) -> float:
 
 def test_import_leaves_heavy_packages_alone() -> None:
     heavy = ["concrete", "transformers", "typer", "rich", "matplotlib", "onnx", "pkg_resources"]
+    heavy += ["fastapi", "uvicorn", "httpx", "zstandard", "cryptography", "prometheus_client"]
     code = f"import fhe_fx, sys; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
     assert run.stdout.decode().strip() == "[]"

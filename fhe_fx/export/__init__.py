@@ -1,6 +1,12 @@
 """Artefacts: an encrypted region as a directory that runs without the model."""
 
 from fhe_fx.export.artifact import FILES, Artifact, load_artifact
+from fhe_fx.export.bundle import (
+    ClientBundle,
+    ServerBundle,
+    load_client_bundle,
+    load_server_bundle,
+)
 from fhe_fx.export.directory import check_destination
 from fhe_fx.export.manifest import MANIFEST, read_manifest
 from fhe_fx.export.region import export_region
@@ -9,8 +15,12 @@ __all__ = [
     "FILES",
     "MANIFEST",
     "Artifact",
+    "ClientBundle",
+    "ServerBundle",
     "check_destination",
     "export_region",
     "load_artifact",
+    "load_client_bundle",
+    "load_server_bundle",
     "read_manifest",
 ]

@@ -1,7 +1,7 @@
 """Reading an artefact: checked whole before anything in it is parsed, then run without the model.
 
-`server.zip` holds machine code that runs in this process. The sums in the manifest find accidents,
-not malice: load only what comes from where you trust.
+`server/server.zip` holds machine code that runs in this process. The sums in the manifest find
+accidents, not malice: load only what comes from where you trust.
 """
 
 from __future__ import annotations
@@ -27,14 +27,30 @@ if TYPE_CHECKING:
 
     from fhe_fx.backends.concrete.artifact import SavedCircuit
 
-__all__ = ["CLIENT", "FILES", "GRAPH", "SERVER", "Artifact", "load_artifact", "simulated"]
+__all__ = [
+    "CLIENT",
+    "CLIENT_ENTRIES",
+    "CLIENT_MANIFEST",
+    "EXECUTION_FILES",
+    "FILES",
+    "GRAPH",
+    "SERVER",
+    "SERVER_ENTRIES",
+    "SERVER_MANIFEST",
+    "SPECS",
+    "Artifact",
+    "load_artifact",
+    "simulated",
+]
 
-CLIENT, SERVER, GRAPH = "client.zip", "server.zip", "graph.txt"
-FILES = (CLIENT, SERVER, GRAPH)
+CLIENT, SERVER = "client/client.zip", "server/server.zip"
+GRAPH = "server/graph.txt"
+CLIENT_MANIFEST, SERVER_MANIFEST = f"client/{MANIFEST}", f"server/{MANIFEST}"
+FILES = (CLIENT, CLIENT_MANIFEST, SERVER, SERVER_MANIFEST, GRAPH)
 """The files of an artefact beside its manifest."""
 
 SPECS = "client.specs.json"
-_SERVER_FILES = (
+EXECUTION_FILES = (
     "sharedlib.so",
     "program_info.concrete.params.json",
     "compilation_feedback.json",
@@ -50,7 +66,7 @@ def simulated(name: str) -> str:
     return f"simulation.{name}"
 
 
-SERVER_ENTRIES = (*_SERVER_FILES, *map(simulated, _SERVER_FILES), *GRAPH_ENTRIES)
+SERVER_ENTRIES = (*EXECUTION_FILES, *map(simulated, EXECUTION_FILES), *GRAPH_ENTRIES)
 
 
 class Artifact:
@@ -63,8 +79,8 @@ class Artifact:
     def __init__(self, directory: Path, manifest: dict[str, Any], files: dict[str, bytes]) -> None:
         self.directory = directory
         self.manifest = manifest
-        client = unpack(CLIENT, files[CLIENT], CLIENT_ENTRIES)
-        self._server = unpack(SERVER, files[SERVER], SERVER_ENTRIES)
+        client = unpack("client.zip", files[CLIENT], CLIENT_ENTRIES)
+        self._server = unpack("server.zip", files[SERVER], SERVER_ENTRIES)
         self._specs = client[SPECS]
         self.codec = Codec.from_entries(client)
         self._unpacked: tempfile.TemporaryDirectory[str] | None = None
@@ -96,7 +112,7 @@ class Artifact:
             folders = [Path(self._unpacked.name) / name for name in ("execution", "simulation")]
             for folder in folders:
                 folder.mkdir()
-            for name in _SERVER_FILES:
+            for name in EXECUTION_FILES:
                 (folders[0] / name).write_bytes(self._server[name])
                 (folders[1] / name).write_bytes(self._server[simulated(name)])
             self._loaded = SavedCircuit(self._specs, *folders)

@@ -20,7 +20,7 @@ def check_destination(directory: str | Path, files: Collection[str]) -> None:
 
     Args:
         directory: where; missing parents are made when it is written.
-        files: names of the files of an artefact beside its manifest.
+        files: paths in it of the files of an artefact beside its manifest.
 
     Raises:
         ArtifactError: if it is a file, or holds anything but an artefact of ours.
@@ -33,10 +33,11 @@ def check_destination(directory: str | Path, files: Collection[str]) -> None:
         return
     if not directory.is_dir():
         raise ArtifactError(f"{directory} is a file; give the name of a directory.")
-    held = sorted(p.name for p in directory.iterdir())
-    if not held:
+    if not any(directory.iterdir()):
         return
-    if extra := [name for name in held if name not in {*files, MANIFEST}]:
+    known = {MANIFEST, *files, *(name.partition("/")[0] for name in files)}
+    held = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*"))
+    if extra := [name for name in held if name not in known]:
         raise ArtifactError(
             f"{directory} holds {extra[0]!r}, which no export wrote, so it is not replaced. "
             f"Give another directory."
@@ -53,7 +54,7 @@ def new_directory(directory: str | Path, files: Collection[str]) -> Iterator[Pat
 
     Args:
         directory: as `check_destination` accepts.
-        files: names of the files of an artefact beside its manifest.
+        files: paths in it of the files of an artefact beside its manifest.
     """
     final = Path(directory).resolve()
     check_destination(final, files)

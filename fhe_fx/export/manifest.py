@@ -12,9 +12,11 @@ from fhe_fx.errors import ArtifactError
 from fhe_fx.report.machine import installed_version
 
 __all__ = [
+    "CLIENT_FORMAT",
     "FORMAT",
     "MANIFEST",
     "SCHEMA",
+    "SERVER_FORMAT",
     "checked_file",
     "file_entry",
     "machine",
@@ -24,8 +26,14 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-FORMAT = "fhe_fx artifact"
-SCHEMA = 1
+FORMAT, CLIENT_FORMAT, SERVER_FORMAT = (
+    "fhe_fx artifact",
+    "fhe_fx client bundle",
+    "fhe_fx server bundle",
+)
+"""What a directory is: the whole, for who exports, and the two parts that are handed out."""
+_FORMATS = (FORMAT, CLIENT_FORMAT, SERVER_FORMAT)
+SCHEMA = 2
 _MAX_MANIFEST = 64 << 20
 _PACKAGES = ("fhe_fx", "torch", "concrete-python", "numpy")
 
@@ -56,17 +64,20 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(directory: Path, *, check_versions: bool = True) -> dict[str, Any]:
+def read_manifest(
+    directory: Path, *, check_versions: bool = True, format: str = FORMAT
+) -> dict[str, Any]:
     """Read the manifest of an artefact and check that this installation can use it.
 
     Args:
         directory: the artefact.
         check_versions: whether it is to be run, not only read.
+        format: what the directory must be.
 
     Raises:
         ArtifactError: if there is none, or it is truncated, altered, or of another version.
     """
-    manifest = _parse(directory)
+    manifest = _parse(directory, format)
     if manifest["schema"] != SCHEMA:
         raise ArtifactError(
             f"{directory} has schema version {manifest['schema']}; this fhe_fx reads version "
@@ -83,7 +94,7 @@ def read_manifest(directory: Path, *, check_versions: bool = True) -> dict[str, 
     return manifest
 
 
-def _parse(directory: Path) -> dict[str, Any]:
+def _parse(directory: Path, format: str) -> dict[str, Any]:
     path = directory / MANIFEST
     if not directory.is_dir():
         raise ArtifactError(f"There is no directory {directory}.")
@@ -100,7 +111,10 @@ def _parse(directory: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path} is truncated or altered: it is not JSON ({error}). Export the region again."
         ) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    stated = manifest.get("format") if isinstance(manifest, dict) else None
+    if stated in _FORMATS and stated != format:
+        raise ArtifactError(f"{directory} is an {stated}; an {format} is needed here.")
+    if not isinstance(manifest, dict) or stated != format:
         raise ArtifactError(f"{path} is not the manifest of an fhe_fx artefact.")
     if not isinstance(manifest.get("schema"), int):
         raise ArtifactError(f"{path} was altered: it states no schema version.")
@@ -121,7 +135,7 @@ def _check_versions(directory: Path, manifest: dict[str, Any]) -> None:
                 f"{directory} was made with {package} {theirs}; here is {package} {ours}. "
                 f"Export the region again, or install {package} {theirs}."
             )
-    if (theirs_on := manifest.get("machine")) != machine():
+    if (theirs_on := manifest.get("machine", machine())) != machine():
         raise ArtifactError(
             f"{directory} holds machine code for {theirs_on}; this machine is {machine()}. "
             f"Export the region here."

@@ -22,6 +22,7 @@ from fhe_fx.export.artifact import (
     load_artifact,
     simulated,
 )
+from fhe_fx.export.bundle import bundle_id, party_manifest
 from fhe_fx.export.directory import new_directory
 from fhe_fx.export.graph import graph_to_entries
 from fhe_fx.export.manifest import FORMAT, SCHEMA, file_entry, machine, versions, write_manifest
@@ -45,7 +46,7 @@ def export_region(
     origin: str = "",
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
-    """Write a region as client.zip, server.zip, graph.txt and manifest.json.
+    """Write a region as two directories to hand out, `client` and `server`, and a manifest.
 
     The directory appears when all of it is written and validated; after an error it is as it was.
 
@@ -69,9 +70,16 @@ def export_region(
         region.circuit()
         on_stage("writing")
         manifest = _manifest(region, origin)
-        for name, content in _files(region).items():
+        files = _files(region)
+        bundle = bundle_id(files[CLIENT], files[SERVER])
+        for name, content in files.items():
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
-            manifest["files"][name] = file_entry(content)
+        for party in ("client", "server"):
+            own = party_manifest(party, {**manifest, "bundle": bundle}, region, files)
+            write_manifest(partial / party, own)
+        for name in FILES:
+            manifest["files"][name] = file_entry((partial / name).read_bytes())
         write_manifest(partial, manifest)
         if validate:
             on_stage("validating")

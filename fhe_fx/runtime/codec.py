@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,14 +65,18 @@ class Codec:
 
     @staticmethod
     def of(program: Program) -> Codec:
-        """Read the encodings of an integer program."""
+        """Read the encodings of an integer program.
+
+        The offset of a result is rounded to whole units of it: it holds what the region adds to
+        it, such as a bias, and the client is to know no more of that than one result tells.
+        """
 
         def port(node: fx.Node, source: int) -> Port:
             return Port(node.name, source, d.shape_of(node), node.meta["type"])
 
         return Codec(
             tuple(port(n, program.source_of(n)) for n in program.placeholders),
-            tuple(port(n, k) for k, n in enumerate(program.results)),
+            tuple(_in_units(port(n, k)) for k, n in enumerate(program.results)),
         )
 
     def shapes(self) -> list[tuple[int, ...]]:
@@ -147,6 +151,12 @@ class Codec:
                 f"client.zip holds a codec that cannot be read ({type(error).__name__}: {error}). "
                 f"Export the region again."
             ) from error
+
+
+def _in_units(port: Port) -> Port:
+    t = port.type
+    offset = (t.offset / t.scale).round() * t.scale
+    return replace(port, type=ValueType(t.scale, offset, t.low, t.high))
 
 
 def _ports(

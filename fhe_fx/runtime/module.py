@@ -57,7 +57,7 @@ class _Rows:
 
 class EncryptedModule(nn.Module):
     """Runs a submodule in float (`disable`), integers (`clear`), noise (`simulate`) or ciphertext
-    (`execute`), inside the model's own forward.
+    (`execute`, `remote`), inside the model's own forward.
 
     Its parameters, buffers and children are the original's, under the original's names, so that a
     `state_dict` fits both models.
@@ -89,7 +89,7 @@ class EncryptedModule(nn.Module):
 
     @property
     def mode(self) -> str:
-        """One of `disable`, `clear`, `simulate`, `execute`."""
+        """One of `disable`, `clear`, `simulate`, `execute`, `remote`."""
         return self._mode
 
     @mode.setter
@@ -98,6 +98,11 @@ class EncryptedModule(nn.Module):
             raise OptionsError(
                 f"mode={value!r} is not one of {', '.join(MODES)}."
                 f"{did_you_mean(str(value), list(MODES))}"
+            )
+        if value == "remote" and self.region.remote is None:
+            raise OptionsError(
+                f"{self.region.name} has no server. Connect to one first: "
+                f"fhe_fx.connect(url, client=DIR, token=..., model=model)."
             )
         self._mode = value
 

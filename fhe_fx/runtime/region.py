@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
 
-from fhe_fx.backends.base import Circuit, CircuitFacts
+from fhe_fx.backends.base import Circuit, CircuitFacts, Integers
 from fhe_fx.backends.reference import ReferenceBackend
 from fhe_fx.errors import ArtifactError, BitWidthError, FheFxError
 from fhe_fx.ir.program import Program
@@ -18,10 +19,17 @@ from fhe_fx.passes.partition import ENCRYPTED
 from fhe_fx.runtime.causality import causal_axes
 from fhe_fx.runtime.codec import Codec
 
-__all__ = ["MODES", "Region"]
+__all__ = ["MODES", "Region", "Remote"]
 
-MODES = ("disable", "clear", "simulate", "execute")
-"""Float; integers by the reference; integers with modelled noise; encrypted."""
+MODES = ("disable", "clear", "simulate", "execute", "remote")
+"""Float; integers by the reference; with modelled noise; encrypted here; encrypted elsewhere."""
+
+
+class Remote(Protocol):
+    """A circuit that another machine runs."""
+
+    def execute(self, inputs: Sequence[Integers]) -> list[Integers]:
+        """Encrypt, have it run, decrypt."""
 
 
 @dataclass
@@ -42,6 +50,8 @@ class Region:
     """What lowered it."""
     input_shapes: tuple[tuple[int, ...], ...]
     """Shape of each encrypted input of the submodule, for one sample."""
+    remote: Remote | None = None
+    """Who runs it in mode "remote"; `fhe_fx.connect` says so."""
     _circuit: Circuit | None = None
     _causal: dict[tuple[int, ...], dict[int, int] | None] = field(default_factory=dict)
 
@@ -122,7 +132,7 @@ class Region:
 
         Args:
             inputs: one tensor for each encrypted input of the submodule.
-            mode: "clear", "simulate" or "execute".
+            mode: "clear", "simulate", "execute" or "remote".
         """
         return self.run_many([inputs], mode)[0]
 
@@ -148,10 +158,15 @@ class Region:
         if mode == "clear":
             found = ReferenceBackend().compile(self.program).clear_many(encoded)
         else:
-            circuit = self.circuit()
-            run = {"simulate": circuit.simulate, "execute": circuit.execute}[mode]
+            run = self._runner(mode)
             found = [run(inputs) for inputs in encoded]
         return [codec.decode(results) for results in found]
+
+    def _runner(self, mode: str) -> Callable[[Sequence[Integers]], list[Integers]]:
+        if mode == "remote":
+            assert self.remote is not None, "the mode was not checked"
+            return self.remote.execute
+        return self.circuit().simulate if mode == "simulate" else self.circuit().execute
 
 
 class _Composed(fx.Interpreter):

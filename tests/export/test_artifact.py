@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import torch as safetensors
 
 import fhe_fx
 from fhe_fx.errors import ArtifactError, InputError
-from fhe_fx.export import export_region, load_artifact, read_manifest
+from fhe_fx.export import FILES, export_region, load_artifact, read_manifest
 from fhe_fx.export import region as region_module
 from fhe_fx.export.archive import pack, unpack
-from fhe_fx.export.artifact import CLIENT_ENTRIES, SERVER_ENTRIES
+from fhe_fx.export.artifact import SERVER_ENTRIES
 from fhe_fx.export.manifest import file_entry, write_manifest
 from fhe_fx.runtime.region import Region
 from tests.export.conftest import make_region
@@ -53,29 +52,15 @@ def test_manifest_states_cost_shapes_and_validation(written: Path, region: Regio
     assert manifest["versions"]["fhe_fx"] == fhe_fx.__version__
     assert manifest["validation"]["is_clear_equal"]
     assert manifest["validation"]["simulated_error_to_clear"] < 0.5
-    assert sorted(p.name for p in written.iterdir()) == [
-        "client.zip", "graph.txt", "manifest.json", "server.zip"
-    ]  # fmt: skip
-    assert (written / "graph.txt").read_text() == f"{region.program}\n"
+    held = sorted(p.relative_to(written).as_posix() for p in written.rglob("*") if p.is_file())
+    assert held == sorted([*FILES, "manifest.json"])
+    assert (written / "server" / "graph.txt").read_text() == f"{region.program}\n"
 
 
 def test_same_region_gives_same_client_file(region: Region, written: Path, tmp_path: Path) -> None:
     export_region(region, tmp_path / "again", validate=False)
-    assert (tmp_path / "again" / "client.zip").read_bytes() == (written / "client.zip").read_bytes()
-
-
-def test_client_file_holds_no_weights(written: Path) -> None:
-    client = unpack("client.zip", (written / "client.zip").read_bytes(), CLIENT_ENTRIES)
-    tensors = safetensors.load(client["codec.safetensors"])
-    assert all(name.endswith((".scale", ".offset")) for name in tensors)
-    assert sum(t.numel() for t in tensors.values()) <= 2 * (2 * 6 + 3)
-    server = unpack("server.zip", (written / "server.zip").read_bytes(), SERVER_ENTRIES)
-    weights = safetensors.load(server["program.safetensors"])
-    large = [w for w in weights.values() if w.numel() >= 8]
-    assert len(large) >= 3  # two layers and a table
-    for weight in large:
-        for row in weight.double().reshape(-1, weight.shape[-1]):
-            assert row.numpy().tobytes() not in client["codec.safetensors"]
+    ours, theirs = (d / "client" / "client.zip" for d in (tmp_path / "again", written))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_artifact_runs_as_the_region(written: Path, region: Region) -> None:
@@ -138,7 +123,7 @@ def test_missing_directory_and_manifest(tmp_path: Path) -> None:
     assert refused(tmp_path).startswith("DIR has no manifest.json; it is not an artefact.")
 
 
-@pytest.mark.parametrize("name", ["client.zip", "server.zip", "graph.txt"])
+@pytest.mark.parametrize("name", FILES)
 def test_damaged_files(copy: Path, name: str) -> None:
     path = copy / name
     content = path.read_bytes()
@@ -170,16 +155,14 @@ def test_damaged_manifest(copy: Path) -> None:
     assert refused(copy) == "DIR/manifest.json is not the manifest of an fhe_fx artefact."
     edit_files = json.loads(text)["files"]
     path.write_text(text)
-    edit(copy, files={"../../etc/passwd": edit_files["graph.txt"]})
-    assert refused(copy) == (
-        "DIR/manifest.json was altered: it does not list client.zip, server.zip, graph.txt."
-    )
+    edit(copy, files={"../../etc/passwd": edit_files["server/graph.txt"]})
+    assert refused(copy) == (f"DIR/manifest.json was altered: it does not list {', '.join(FILES)}.")
 
 
 def test_other_schema(copy: Path) -> None:
-    edit(copy, schema=2)
+    edit(copy, schema=3)
     assert refused(copy) == (
-        f"DIR has schema version 2; this fhe_fx reads version 1. Export the region again, or "
+        f"DIR has schema version 3; this fhe_fx reads version 2. Export the region again, or "
         f"install the fhe_fx that wrote it ({fhe_fx.__version__})."
     )
 
@@ -198,11 +181,11 @@ def test_other_versions(copy: Path) -> None:
 def test_archive_with_other_entries(copy: Path) -> None:
     """Sums that fit do not help an archive that holds more, or less, than it should."""
     manifest = read_manifest(copy)
-    server = unpack("server.zip", (copy / "server.zip").read_bytes(), SERVER_ENTRIES)
+    server = unpack("server.zip", (copy / "server" / "server.zip").read_bytes(), SERVER_ENTRIES)
 
     def put(content: bytes) -> None:
-        (copy / "server.zip").write_bytes(content)
-        edit(copy, files={**manifest["files"], "server.zip": file_entry(content)})
+        (copy / "server" / "server.zip").write_bytes(content)
+        edit(copy, files={**manifest["files"], "server/server.zip": file_entry(content)})
 
     put(pack({**server, "../evil": b""}))
     assert "unexpected: '../evil'" in refused(copy)
@@ -219,7 +202,7 @@ def test_archive_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_archive_holds_plain_names(written: Path) -> None:
-    for name in ("client.zip", "server.zip"):
+    for name in ("client/client.zip", "server/server.zip"):
         with zipfile.ZipFile(written / name) as archive:
             assert not [n for n in archive.namelist() if "/" in n or n.startswith(".")]
 
@@ -234,15 +217,20 @@ def test_only_an_artefact_is_replaced(region: Region, copy: Path) -> None:
     (copy / "notes.txt").unlink()
     export_region(region, copy, validate=False)
     assert read_manifest(copy)["validation"] is None
+    (copy / "client" / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"holds 'client/notes\.txt', which no export wrote"):
+        export_region(region, copy, validate=False)
+    (copy / "client" / "notes.txt").unlink()
     (copy / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match=r"is not replaced: .* has no manifest"):
         export_region(region, copy, validate=False)
+    graph = copy / "server" / "graph.txt"
     with pytest.raises(ArtifactError, match=r"graph\.txt is a file, so .* cannot be made in it"):
-        export_region(region, copy / "graph.txt" / "b")
+        export_region(region, graph / "b")
     export_region(region, copy.parent / "made" / "deep", validate=False)
     assert read_manifest(copy.parent / "made" / "deep")
     with pytest.raises(ArtifactError, match="is a file; give the name of a directory"):
-        export_region(region, copy / "graph.txt")
+        export_region(region, graph)
 
 
 def test_nothing_is_left_after_an_error(
@@ -251,13 +239,13 @@ def test_nothing_is_left_after_an_error(
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     monkeypatch.setattr(region_module, "_validate", fail)
     for directory in (copy.parent / "new", copy):
         with pytest.raises(KeyboardInterrupt):
             export_region(region, directory)
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]
-    assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
+    assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
 
 def test_validation_compares_with_the_region(region: Region, written: Path) -> None:

@@ -181,10 +181,17 @@ def test_modes(mixed: Any) -> None:
     with pytest.raises(OptionsError) as caught:
         fhe_fx.set_mode(mixed, "claer")
     assert str(caught.value) == (
-        "mode='claer' is not one of disable, clear, simulate, execute. Did you mean 'clear'?"
+        "mode='claer' is not one of disable, clear, simulate, execute, remote. "
+        "Did you mean 'clear'?"
     )
     with pytest.raises(OptionsError, match="mode=3 is not one of"):
         mixed.part.mode = 3
+    with pytest.raises(OptionsError) as caught:
+        fhe_fx.set_mode(mixed, "remote")
+    assert str(caught.value) == (
+        "part has no server. Connect to one first: "
+        "fhe_fx.connect(url, client=DIR, token=..., model=model)."
+    )
     assert mixed.part.mode == "disable"
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import stat
-import tempfile
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,21 @@ from concrete.fhe.compilation.specs import ClientSpecs
 
 from fhe_fx.backends.base import Integers
 from fhe_fx.backends.concrete.circuit import ConcreteCircuit
-from fhe_fx.errors import ArtifactError, BackendError
+from fhe_fx.backends.keyfile import read_keys, write_keys
+from fhe_fx.errors import BackendError
 
-__all__ = ["SPECS", "SavedCircuit", "client_specs", "server_files"]
+__all__ = [
+    "SPECS",
+    "SavedCircuit",
+    "client_specs",
+    "explained",
+    "keyset_id",
+    "server_files",
+    "wire_format",
+]
 
 SPECS = "client.specs.json"
 """The file by which Concrete's client knows a circuit; no weights are in it."""
-
-_KEYS_MAGIC = b"fhe_fx keys 1\n"
 
 
 def client_specs(circuit: ConcreteCircuit) -> bytes:
@@ -58,6 +63,34 @@ def server_files(circuit: ConcreteCircuit, *, is_simulated: bool) -> dict[str, b
     files["composition_rules.json"] = b"null"
     files[SPECS] = bytes(compiled.client_specs.serialize())
     return files
+
+
+def keyset_id(specs: bytes) -> str:
+    """Return the sha256 of the parameters that keys depend on: circuits that agree share keys."""
+    keyset = json.loads(specs)["keyset"]
+    return hashlib.sha256(json.dumps(keyset, sort_keys=True).encode()).hexdigest()
+
+
+def wire_format(specs: bytes) -> dict[str, Any]:
+    """Return the numbers that decide how inputs and results may be sent.
+
+    Returns:
+        "inputs": how many ciphertexts go in; "results": for each, "words": 64-bit words of its
+        ciphertexts; "width": bits of the encoding, beside one bit of padding; "lwe_dimension":
+        words of one ciphertext, less one.
+    """
+    (circuit,) = json.loads(specs)["circuits"]
+    results = []
+    for output in circuit["outputs"]:
+        kind = output["typeInfo"]["lweCiphertext"]
+        results.append(
+            {
+                "words": math.prod(output["rawInfo"]["shape"]["dimensions"]),
+                "width": int(kind["encoding"]["integer"]["width"]),
+                "lwe_dimension": int(kind["encryption"]["lweDimension"]),
+            }
+        )
+    return {"inputs": len(circuit["inputs"]), "results": results}
 
 
 class SavedCircuit:
@@ -90,7 +123,7 @@ class SavedCircuit:
 
     def simulate(self, inputs: Sequence[Integers]) -> list[Integers]:
         """Run on plain integers with modelled noise."""
-        with _explained("simulate"):
+        with explained("simulate"):
             client, server = self._client(True), self._server(True)
             return _list(
                 client.simulate_decrypt(server.run(*_many(client.simulate_encrypt(*inputs))))
@@ -98,7 +131,7 @@ class SavedCircuit:
 
     def execute(self, inputs: Sequence[Integers]) -> list[Integers]:
         """Encrypt, run and decrypt, with the keys made or loaded before, else with new ones."""
-        with _explained("execute"):
+        with explained("execute"):
             client, server = self._client(False), self._server(False)
             encrypted = _many(client.encrypt(*inputs))
             return _list(
@@ -107,7 +140,7 @@ class SavedCircuit:
 
     def keygen(self) -> None:
         """Make keys in memory, unless there are some."""
-        with _explained("make keys for"):
+        with explained("make keys for"):
             self._client(False).keygen()
 
     def save_keys(self, path: Path) -> None:
@@ -117,18 +150,7 @@ class SavedCircuit:
             ArtifactError: if the file exists, or cannot be written.
         """
         self.keygen()
-        payload = self._client(False).keys.serialize()
-        header = {
-            "bytes": len(payload),
-            "sha256": _sha256(payload),
-            "circuit": _sha256(self._specs),
-        }
-        try:
-            _write_private(path, _KEYS_MAGIC + json.dumps(header).encode() + b"\n", payload)
-        except FileExistsError as error:
-            raise ArtifactError(f"{path} exists; keys are never overwritten.") from error
-        except OSError as error:
-            raise ArtifactError(f"Keys cannot be written to {path}: {error.strerror}.") from error
+        write_keys(path, self._client(False).keys.serialize(), keyset_id(self._specs))
 
     def load_keys(self, path: Path) -> None:
         """Read keys that `save_keys` wrote for this circuit.
@@ -137,8 +159,8 @@ class SavedCircuit:
             ArtifactError: if others can read the file, or it is truncated, altered, or belongs to
                 another circuit.
         """
-        payload = _check_keys(path, _read_private(path), _sha256(self._specs))
-        with _explained("read the keys of"):
+        payload = read_keys(path, keyset_id(self._specs))
+        with explained("read the keys of"):
             self._client(False).keys = Keys.deserialize(payload)
 
 
@@ -151,59 +173,14 @@ def _list(results: Any) -> list[Integers]:
 
 
 @contextlib.contextmanager
-def _explained(verb: str) -> Any:
+def explained(verb: str) -> Iterator[None]:
+    """Turn what Concrete raises into one sentence.
+
+    Raises:
+        BackendError: in place of Concrete's own.
+    """
     try:
         yield
     except (RuntimeError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BackendError(f"Concrete cannot {verb} the saved circuit: {first}") from error
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _write_private(path: Path, *parts: bytes) -> None:
-    """Write a new file of mode 0600; it appears under its name when it is whole."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            for part in parts:
-                file.write(part)
-        os.link(name, path)  # unlike a rename, fails if the name is taken
-    finally:
-        os.unlink(name)
-
-
-def _read_private(path: Path) -> bytes:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ArtifactError(f"Keys cannot be read from {path}: {error.strerror}.") from error
-    with os.fdopen(descriptor, "rb") as file:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise ArtifactError(f"{path} is not a regular file.")
-        if mode & 0o077:
-            raise ArtifactError(
-                f"{path} holds secret keys and others can read it (mode {mode & 0o777:04o}). "
-                f"If they are still secret: chmod 600 {path}. If not, delete it."
-            )
-        return file.read()
-
-
-def _check_keys(path: Path, content: bytes, circuit: str) -> bytes:
-    if not content.startswith(_KEYS_MAGIC):
-        raise ArtifactError(f"{path} is not a file of fhe_fx keys.")
-    line, _, payload = content[len(_KEYS_MAGIC) :].partition(b"\n")
-    try:
-        header: Mapping[str, Any] = json.loads(line)
-        is_whole = len(payload) == header["bytes"] and _sha256(payload) == header["sha256"]
-        is_ours = header["circuit"] == circuit
-    except (ValueError, KeyError, TypeError):
-        is_whole = is_ours = False
-    if not is_whole:
-        raise ArtifactError(f"{path} is truncated or altered. Delete it; new keys are then made.")
-    if not is_ours:
-        raise ArtifactError(f"{path} holds keys of another circuit. Give another file name.")
-    return payload

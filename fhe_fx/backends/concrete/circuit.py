@@ -39,6 +39,7 @@ class ConcreteBackend:
         configuration = fhe.Configuration(
             p_error=program.options.p_error,
             compress_input_ciphertexts=True,
+            compress_evaluation_keys=True,  # a fifth of the size, made whole again in a second
             show_graph=False,
             show_mlir=False,
             show_optimizer=False,
