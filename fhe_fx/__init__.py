@@ -30,7 +30,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import what needs the `client` extra when it is asked for."""
     if name == "connect":
-        from fhe_fx.serving.client import connect
-
+        try:
+            from fhe_fx.serving.client import connect
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"fhe_fx.connect needs {error.name}: pip install 'fhe_fx[client]'"
+            ) from error
         return connect
     raise AttributeError(f"module 'fhe_fx' has no attribute {name!r}")

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 FAILED, INTERRUPTED = 2, 130
+_EXTRAS = {"keygen": "client", "serve": "server"}
+"""Commands that need more than the core."""
 T = TypeVar("T")
 
 
@@ -52,6 +54,11 @@ class _Group(TyperGroup):
                 if error.errno == errno.EPIPE:
                     raise
                 _say(f"error: {error}", "bold red")
+            except ModuleNotFoundError as error:
+                if ctx.invoked_subcommand not in _EXTRAS:
+                    raise
+                extra = _EXTRAS[ctx.invoked_subcommand]
+                _say(f"error: This needs {error.name}: pip install 'fhe_fx[{extra}]'", "bold red")
             except KeyboardInterrupt:
                 _say("interrupted")
                 raise typer.Exit(INTERRUPTED) from None

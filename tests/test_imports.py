@@ -172,5 +172,34 @@ def test_import_leaves_heavy_packages_alone() -> None:
     assert run.stdout.decode().strip() == "[]"
 
 
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys({missing}))  # None: importing it fails
+{statement}
+"""
+SERVER_ONLY = ["fastapi", "starlette", "uvicorn", "prometheus_client"]
+CLIENT_ONLY = ["httpx", "cryptography"]
+
+
+def _without(missing: list[str], statement: str) -> str:
+    code = WITHOUT.format(missing=missing, statement=statement)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=False, capture_output=True, timeout=60
+    )
+    return run.stderr.decode()
+
+
+def test_each_party_needs_its_own_extra_alone() -> None:
+    assert not _without(SERVER_ONLY, "import fhe_fx; fhe_fx.connect")
+    server = "import fhe_fx.serving.server, fhe_fx.serving.worker"
+    assert not _without(CLIENT_ONLY, server)
+    assert "fhe_fx.connect needs httpx: pip install 'fhe_fx[client]'" in _without(
+        CLIENT_ONLY, "import fhe_fx; fhe_fx.connect"
+    )
+    serve = "from fhe_fx.cli import app; app(['serve', 'none'])"
+    message = _without(SERVER_ONLY, serve)
+    assert message == "error: This needs uvicorn: pip install 'fhe_fx[server]'\n", message
+
+
 def test_import_takes_less_than_two_seconds_beyond_torch() -> None:
     assert _seconds("import torch, fhe_fx") - _seconds("import torch") < 2.0

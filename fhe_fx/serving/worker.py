@@ -94,12 +94,13 @@ def _refusal(kind: str, message: str) -> dict[str, Any]:
 
 def _bound(memory: int) -> None:
     """Die with the server, die first when memory is short, and use no more than `memory` bytes."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        Path("/proc/self/oom_score_adj").write_text("1000")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold keys and inputs
     if memory:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def main() -> None:
