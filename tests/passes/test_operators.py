@@ -138,8 +138,7 @@ CASES = [
     Case("where_of_itself", lambda x: torch.where(x > 0.3, x, 0.1 * x**2)),
     Case("where_encrypted", lambda x, y: torch.where(x > 0, x, y), TWO),
     # A jump of 1.5 at 0, read in slots of a 256th of a range of 5: a value in the slot of the jump
-    # is off by 0.75. Estimated, that is 0.08 of the deviation, rms, and 0.10 with the rounding of
-    # the input; 0.103 was measured.
+    # is off by 0.75. Estimated, that is 0.08 of the deviation, rms.
     Case("masked_fill_encrypted", lambda x: x.masked_fill(x < 0, 1.5)),
     Case("sqrt_at_zero", lambda x: torch.sqrt(x.abs())),
     Case("log_near_zero", lambda x: torch.log(x - 0.49), positive=(0,)),
@@ -224,4 +223,4 @@ def test_operator(case: Case) -> None:
     for a, b, error in zip(expected, found, predicted, strict=True):
         assert a.shape == b.shape
         # Rounded weights and results, and what wraps, may at most double what roundings alone do.
-        assert relative_error(a, b) < 2 * error
+        assert relative_error(a, b) < min(2 * error, 0.1)

@@ -163,8 +163,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         values.append(new)
     if not steps:
         steps.append((torch.tanh, (0,)))
-    recipe = Recipe(tuple(steps), shapes, seed)
-    return recipe
+    return Recipe(tuple(steps), shapes, seed)
 
 
 QUICK = settings(
@@ -183,7 +182,7 @@ def test_every_pass_keeps_the_meaning(recipe: Recipe) -> None:
     program = program_from(recipe, recipe.samples(), n_bits=6)
     (expected,), (predicted,) = lower_with_prediction(program)
     (found,) = run_integers(program, program.samples)
-    assert relative_error(expected, found) < max(2 * predicted, 0.1)
+    assert relative_error(expected, found) < min(max(2 * predicted, 0.1), 0.35)
 
 
 @settings(QUICK, max_examples=6)
