@@ -8,7 +8,6 @@ ranges have no ends, so values neither clip nor wrap.
 from __future__ import annotations
 
 import copy
-from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +15,7 @@ from torch import Tensor, fx
 from fhe_fx.errors import PassError
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.program import Program
-from fhe_fx.quant.ranges import class_ends
+from fhe_fx.quant.ranges import times_to_fill
 from fhe_fx.runtime.region import Region
 
 __all__ = ["fake_quantized"]
@@ -35,7 +34,7 @@ def fake_quantized(region: Region) -> Program:
     if "scales" not in program.properties:
         raise PassError(f"{region.name}: no pass of the pipeline assigns scales.")
     for node in [n for n in program.encrypted() if d.is_map(n)]:
-        middle, step = _slots(program, node)
+        middle, step = _slots(node)
         source = d.input_node(node)
         with program.graph.inserting_before(node):
             rounded = _rounding(program, source, middle, step)
@@ -72,20 +71,9 @@ def _last_placeholder(program: Program, node: fx.Node) -> fx.Node:
     return program.placeholders[-1] if node.op == "placeholder" else node
 
 
-def _slots(program: Program, node: fx.Node) -> tuple[Tensor, Tensor]:
-    """Return middle and width of the slots in which a map's look-up reads its input.
-
-    The accumulator is multiplied by the whole number that lets its range fill the encoding.
-    """
+def _slots(node: fx.Node) -> tuple[Tensor, Tensor]:
+    """Return middle and width of the slots in which a map's look-up reads its input."""
     source = d.input_node(node)
-    classes: Tensor = source.meta["classes"]
-    n_classes = 1 + max(int(n.meta["classes"].max()) for n in program.encrypted() if _has(n))
-    ends = class_ends(program, source, lambda n: cast(Tensor, n.meta["classes"]), n_classes)
-    low, high = (end[classes] for end in ends)
-    scale, width = source.meta["scale"].abs(), int(source.meta["width"])
-    room = ((1 << width) * scale / (high - low).clamp_min(1e-300)).floor().clamp(1, 1 << 16)
-    return (low + high) / 2, scale / room * 2.0 ** (width - int(node.meta["lookup_bits"]))
-
-
-def _has(node: fx.Node) -> bool:
-    return "classes" in node.meta and bool(node.meta["classes"].numel())
+    low, high = source.meta["range"]
+    lsbs = int(source.meta["width"]) - int(node.meta["lookup_bits"])
+    return (low + high) / 2, source.meta["scale"].abs() / times_to_fill(source) * 2.0**lsbs

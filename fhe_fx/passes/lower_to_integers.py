@@ -23,7 +23,7 @@ from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.passes.base import Pass, register
-from fhe_fx.quant.ranges import class_ends
+from fhe_fx.quant.ranges import class_ends, times_to_fill
 from fhe_fx.quant.tables import ROOM, build_tables
 
 __all__ = ["LowerToIntegers"]
@@ -139,8 +139,7 @@ class _Lowering:
         x, accumulator = self.values[source], int(source.meta["width"])
         bits = int(node.meta["lookup_bits"])
         low, high = source.meta["range"]
-        room = ((1 << accumulator) * x.scale.abs() / (high - low).clamp_min(1e-300)).floor()
-        times = room.clamp(1, 1 << 16).long()
+        times = times_to_fill(source).long()
         if bool((times > 1).any()):
             scaled = builder.scale(x.node, times)
             x = self._typed(scaled, x.scale / times, x.offset, accumulator)

@@ -14,7 +14,7 @@ from fhe_fx.ir.ops import LINEAR, SHIFT
 if TYPE_CHECKING:
     from fhe_fx.ir.program import Program
 
-__all__ = ["class_ends"]
+__all__ = ["class_ends", "times_to_fill"]
 
 
 def class_ends(
@@ -75,3 +75,15 @@ def _keeps_channels(node: fx.Node, source: fx.Node) -> bool:
     numbers = torch.arange(width).expand(d.shape_of(source))
     numbers = d.along_moves(node, source, numbers)
     return torch.equal(numbers, torch.arange(width).expand(numbers.shape))
+
+
+def times_to_fill(source: fx.Node) -> Tensor:
+    """Return by how much a look-up multiplies each element of what it reads, a whole number.
+
+    The range that `choose-ranges` chose for the element then fills the encoding of `source`, which
+    has the scale and the width of `assign-scales`.
+    """
+    low, high = source.meta["range"]
+    room = (1 << int(source.meta["width"])) * source.meta["scale"].abs()
+    times: Tensor = (room / (high - low).clamp_min(1e-300)).floor().clamp(1, 1 << 16)
+    return times

@@ -28,10 +28,10 @@ def rounded_values(
     """Run samples with every input, and every value that a map reads, rounded to its slots.
 
     A slot is the range divided by 2**input_bits or 2**lookup_bits: the range that `choose-ranges`
-    chose, or else what the class was observed to take. A map answers
-    with its mean over the slot, as its table will. Where the slots begin is drawn at random: it
-    depends on ranges that later passes choose, and a row that happens to be met exactly should not
-    pass for one that is met well.
+    chose, or else what the class was observed to take. A map answers with its mean over the slot,
+    as its table will. Where the slots begin is drawn at random: it depends on ranges that later
+    passes choose, and a row that happens to be met exactly should not pass for one that is met
+    well.
 
     Args:
         program: with observed values.
@@ -43,15 +43,19 @@ def rounded_values(
         Value of every such node, `[n_samples, *shape]`, by node name.
     """
     options = program.options
-    bits = dict.fromkeys(program.placeholders, options.input_bits)
-    bits |= {d.input_node(n): options.lookup_bits for n in program.maps()}
-    slots = {}
-    for node, n_bits in bits.items():
+
+    def slots(node: fx.Node, n_bits: int) -> _Slots:
         low, high = classes.extremes(node, program.observed[node.name])
         index = classes.of[node]
         low, high = node.meta.get("range", (low[index], high[index]))
-        slots[node] = _Slots(low, high, n_bits)
-    runner = _Rounder(program.module, slots)
+        return _Slots(low, high, n_bits)
+
+    inputs = {n: slots(n, options.input_bits) for n in program.placeholders}
+    read = {
+        n: slots(d.input_node(n), n.meta.get("lookup_bits", options.lookup_bits))
+        for n in program.maps()
+    }
+    runner = _Rounder(program.module, inputs | read)
     runner.generator.manual_seed(options.seed)
     runs = []
     with torch.no_grad():
@@ -98,9 +102,8 @@ class _Rounder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if d.is_map(n):
-            source = d.input_node(n)
-            slots = self.slots[source]
-            centre = slots.rounded(self.env[source], self.generator)
+            slots = self.slots[n]
+            centre = slots.rounded(self.env[d.input_node(n)], self.generator)
             result: Any = slots.answered(d.map_of(n), centre)
         else:
             result = super().run_node(n)
