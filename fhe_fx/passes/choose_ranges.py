@@ -43,6 +43,8 @@ class ChooseRanges(Pass):
 
     rooms: tuple[float, ...] = (-0.1, -0.05, 0.0, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8)
     """How far beyond the observed range an end may lie, in parts of that range."""
+    room: float = 0.03
+    """How far it lies where no place is better: before a step, no derivative weighs errors."""
     rarer: float = 1.25
     """Values are also tried this much farther from the median: there are rarer ones to come."""
     weight_of_rarer: float = 0.1
@@ -116,8 +118,8 @@ class ChooseRanges(Pass):
 
         low, high = class_ends(program, source, classes.of.__getitem__, classes.n_classes)
         span = high - low
-        best_low, best_high = low.clone(), high.clone()
-        least = error_of(low, high)
+        best_low, best_high = low - self.room * span, high + self.room * span
+        least = error_of(best_low, best_high)
         for _ in range(2):
             for room in self.rooms:
                 for ends in ((best_low, high + room * span), (low - room * span, best_high)):

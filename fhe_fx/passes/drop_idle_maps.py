@@ -3,14 +3,14 @@
 Exact to float rounding. Softmax does not change when a row of scores is shifted, so the squares of
 the queries, one of the three terms of a product read off squares, are looked up for nothing: all
 scores of a row hold the same ones. The pass knows no softmax: a map is idle if no result has a
-derivative by its answers, on the samples and on random inputs far around them (a random identity
-test, as of polynomials: Schwartz 1980).
+derivative by its answers, and none changes when the answers are moved at random, on the samples
+and on random inputs far around them (a random identity test, as of polynomials: Schwartz 1980).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -48,13 +48,13 @@ class DropIdleMaps(Pass):
         return bool(dropped)
 
     def _idle(self, program: Program) -> list[fx.Node]:
-        found = sensitivities(program, [*program.samples[:8], *self._random(program)], draws=1)
-        # What an error of the size of the map's own spread would do, in parts of the results.
-        effect = {
-            node: float(found[node.name].abs().amax() * program.observed[node.name].std())
-            for node in program.maps()
-        }
-        return [node for node, size in effect.items() if size < _FLOAT]
+        inputs = [*program.samples[:8], *self._random(program)]
+        gradients = sensitivities(program, inputs, draws=1)
+        spread = {n: float(program.observed[n.name].std()) for n in program.maps()}
+        # What an error of the size of a map's own spread would do, in parts of the results.
+        flat = [n for n, s in spread.items() if float(gradients[n.name].abs().amax()) * s < _FLOAT]
+        # A step has no derivative either, and what it reads is not idle.
+        return [n for n in flat if not _changes(program, n, spread[n], inputs)]
 
     def _random(self, program: Program) -> list[tuple[Tensor, ...]]:
         generator = torch.Generator().manual_seed(program.options.seed)
@@ -91,6 +91,35 @@ class DropIdleMaps(Pass):
             else:
                 program.replace(user, b.shift(second, compact(constant)))
         return True
+
+
+def _changes(
+    program: Program, node: fx.Node, spread: float, inputs: list[tuple[Tensor, ...]]
+) -> bool:
+    """Say whether a result changes, or is not finite, when the answers of a map are moved."""
+    moved = _Moved(program.module, node, spread)
+    for values in inputs:
+        arguments = [values[program.source_of(n)] for n in program.placeholders]
+        with torch.no_grad():
+            pairs = list(zip(program(*values), moved.run(*arguments), strict=True))
+        if any(not bool((a - b).abs().amax() <= _FLOAT * a.abs().amax()) for a, b in pairs):
+            return True
+    return False
+
+
+class _Moved(fx.Interpreter):
+    """Runs a program, moving the answers of one map at random."""
+
+    def __init__(self, module: fx.GraphModule, node: fx.Node, spread: float) -> None:
+        super().__init__(module)
+        self.node, self.spread = node, spread
+        self.generator = torch.Generator().manual_seed(0)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n is self.node:
+            value = value + self.spread * torch.randn(value.shape, generator=self.generator)
+        return value
 
 
 def _readers(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:

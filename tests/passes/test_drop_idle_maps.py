@@ -58,6 +58,15 @@ def test_what_no_sample_needs_but_others_might_stays() -> None:
     assert "sinh" in text
 
 
+def test_what_a_step_reads_stays() -> None:
+    # A step is flat wherever it has a derivative; what it reads decides on which side it is.
+    def build(b: Builder, x: fx.Node) -> fx.Node:
+        return b.apply(b.add(x, b.apply(x, aten.sin.default)), aten.sign.default)
+
+    text, _ = _run(build)
+    assert "map[sin]" in text
+
+
 def test_what_a_map_reads_stays_with_a_note() -> None:
     def build(b: Builder, x: fx.Node) -> fx.Node:
         inner = b.apply(b.apply(x, aten.tanh.default), aten.sin.default)
