@@ -104,7 +104,7 @@ class ChooseRanges(Pass):
                 program.options.p_error,
                 evidence.gradients[reader.name],
                 len(exact) // 2,
-                d.before_moves(source).op == "placeholder",
+                source.op == "placeholder",
             )
             for reader in source.users
             if d.is_map(reader)
