@@ -182,7 +182,7 @@ def test_every_pass_keeps_the_meaning(recipe: Recipe) -> None:
     program = program_from(recipe, recipe.samples(), n_bits=6)
     (expected,), (predicted,) = lower_with_prediction(program)
     (found,) = run_integers(program, program.samples)
-    # Rounded weights and results add up to a part of 0.02; what wraps may double what rounding does.
+    # Rounded weights and results add a part; what wraps may double what rounding does.
     assert relative_error(expected, found) < min(2 * predicted + 0.02, 0.35)
 
 
