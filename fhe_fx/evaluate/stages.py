@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +19,7 @@ from fhe_fx.backends.reference.batch import run_batch
 from fhe_fx.backends.reference.noise import LookupNoise
 from fhe_fx.evaluate.fake import fake_quantized
 from fhe_fx.ir.program import Program
+from fhe_fx.ir.views import Lookup
 from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.region import Region
 
@@ -126,7 +127,8 @@ class Clear(_Integers):
         return self.ranges.setdefault(name, RangeUse(where))
 
     def _observe(self, node: fx.Node, x: Tensor) -> None:
-        bits, lsbs = cast(int, node.args[3]), cast(int, node.args[4])
+        view = Lookup.of(node)
+        bits, lsbs = view.bits, view.lsbs
         rounded = (x + (1 << lsbs - 1) >> lsbs) if lsbs else x
         half = 1 << bits - 1
         where = f"{node.meta.get('module_path', '')} {node.meta.get('source', '')}".strip()

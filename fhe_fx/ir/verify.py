@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -13,6 +13,7 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import LOOKUP, SCALE, SHIFT
 from fhe_fx.ir.printer import format_program, operator_name
 from fhe_fx.ir.types import ValueType
+from fhe_fx.ir.views import Lookup
 
 if TYPE_CHECKING:
     from fhe_fx.ir.program import Program
@@ -86,11 +87,11 @@ def _has_type(node: fx.Node) -> str | None:
 def _tables_fit(node: fx.Node) -> str | None:
     if not d.is_call(node, LOOKUP):
         return None
-    entries = d.constant(d.input_node(node, 1)).shape[-1]
-    bits, lsbs = (cast(int, a) for a in node.args[3:5])
+    view = Lookup.of(node)
+    entries, bits, lsbs = view.tables.shape[-1], view.bits, view.lsbs
     if entries != 1 << bits:
         return f"its tables have {entries} entries, a look-up of {bits} bits reads {1 << bits}"
-    source = d.input_node(node).meta.get("type")
+    source = view.x.meta.get("type")
     if isinstance(source, ValueType) and source.bits != bits + lsbs:
         return f"it rounds {lsbs} of {source.bits} bits and reads {bits}"
     return None

@@ -18,6 +18,7 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
 from fhe_fx.ir.ops import LINEAR, PUT_PAIRS, SCALE, SHIFT, TAKE_PAIRS
 from fhe_fx.ir.program import Program
+from fhe_fx.ir.views import Cat, Sum
 from fhe_fx.passes.base import Pass, register
 
 __all__ = ["FoldScales"]
@@ -106,10 +107,11 @@ class FoldScales(Pass):
             offset = d.constant(d.input_node(user, 1))
             return b.scale(b.shift(x, offset / factor), factor)
         if d.is_call(user, d.SUM):
-            dims, keep = cast("list[int]", user.args[1]), cast(bool, user.args[2])
-            if not torch.equal(full.amin(dims), full.amax(dims)):
+            total = Sum.of(user)
+            least, greatest = (f(total.dims, total.keepdim) for f in (full.amin, full.amax))
+            if not torch.equal(least, greatest):
                 return None
-            return b.scale(b.sum(x, dims, keep), _shrink(full.amin(dims, keepdim=keep)))
+            return b.scale(b.sum(x, total.dims, total.keepdim), _shrink(least))
         if d.is_call(user, d.CAT):
             return self._behind_cat(b, user, _shrink(full), added)
         if d.is_call(user, d.ADD, d.SUB):
@@ -120,7 +122,8 @@ class FoldScales(Pass):
         self, b: Builder, user: fx.Node, factor: Tensor, added: list[fx.Node]
     ) -> fx.Node | None:
         """Let all parts carry a factor: their own, or the inverse of this one, raised from them."""
-        parts, dim = cast("list[fx.Node]", user.args[0]), cast(int, user.args[1])
+        cat = Cat.of(user)
+        parts, dim = cat.parts, cat.dim
         bare = [p for p in parts if not d.is_call(p, SCALE)]
         if bare and not (
             (factor.numel() == 1 or factor.shape[dim] == 1)
@@ -196,8 +199,8 @@ class FoldScales(Pass):
                 return b.matmul(left, b.scale(right, factor.reshape(())))
             return None
         if d.is_call(x, d.SUM):
-            dims, keep = cast("list[int]", x.args[1]), cast(bool, x.args[2])
-            return b.sum(b.scale(d.input_node(x), _before_sum(x, factor)), dims, keep)
+            total = Sum.of(x)
+            return b.sum(b.scale(total.x, _before_sum(x, factor)), total.dims, total.keepdim)
         if d.is_call(x, d.ADD, d.SUB):
             left, right = (b.scale(cast(fx.Node, a), factor) for a in x.args)
             return b.call(x.target, left, right)
@@ -279,7 +282,8 @@ def _before_sum(node: fx.Node, factor: Tensor) -> Tensor:
     if factor.numel() == 1:
         return factor.reshape(())
     factor = factor.expand(d.shape_of(node))
-    for dim in [] if node.args[2] else cast("list[int]", node.args[1]):
+    total = Sum.of(node)
+    for dim in [] if total.keepdim else total.dims:
         factor = factor.unsqueeze(dim)
     return _shrink(factor)
 

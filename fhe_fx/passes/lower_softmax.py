@@ -18,6 +18,7 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
 from fhe_fx.ir.ops import MASKED_SOFTMAX
 from fhe_fx.ir.program import Program
+from fhe_fx.ir.views import MaskedSoftmax
 from fhe_fx.passes.base import Pass, register
 
 __all__ = ["LowerSoftmax"]
@@ -44,27 +45,27 @@ class LowerSoftmax(Pass):
 
     def _rewrite(self, b: Builder, node: fx.Node) -> fx.Node:
         shape = d.shape_of(node)
-        live = d.constant(d.input_node(node, 1)).expand(shape)
-        x, matrix = d.input_node(node), _common_mask(live)
+        softmax = MaskedSoftmax.of(node)
+        live = softmax.live.expand(shape)
+        x, matrix = softmax.x, _common_mask(live)
         if matrix is None:  # rows of different batch entries have different masks
             x, matrix = b.view(x, (-1, shape[-1])), live.reshape(-1, shape[-1])
         elif len(shape) == 1:
             x = b.view(x, (1, -1))
         alone = matrix & (matrix.sum(-1, keepdim=True) == 1)
         rows, columns = (matrix & ~alone).nonzero(as_tuple=True)
-        is_log = bool(node.args[2])
         if len(rows) == 0:
-            dense = b.shift(b.scale(x, 0.0), 0.0 if is_log else alone.float())
+            dense = b.shift(b.scale(x, 0.0), 0.0 if softmax.is_log else alone.float())
             return b.view(dense, shape)
         scores = b.take_pairs(x, rows, columns)
         total = self._log_sum_exp(b, scores, rows)
         _, position = torch.unique(rows, return_inverse=True)
         result = b.sub(scores, b.index_select(total, -1, position))
-        if not is_log:
+        if not softmax.is_log:
             result = b.apply(result, aten.exp.default)
         dense = b.put_pairs(result, rows, columns, *matrix.shape)
-        dense.meta["rows_sum_to_one"] = not is_log and bool(matrix.any(-1).all())
-        if bool(alone.any()) and not is_log:
+        dense.meta["rows_sum_to_one"] = not softmax.is_log and bool(matrix.any(-1).all())
+        if bool(alone.any()) and not softmax.is_log:
             dense = b.shift(dense, alone.float())
             dense.meta["rows_sum_to_one"] = bool(matrix.any(-1).all())
         return b.view(dense, shape)

@@ -18,6 +18,7 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
 from fhe_fx.ir.ops import PUT_PAIRS, SCALE, SHIFT, TAKE_PAIRS
 from fhe_fx.ir.program import Program
+from fhe_fx.ir.views import PutPairs, TakePairs
 from fhe_fx.passes.base import Pass, register
 
 __all__ = ["SinkPairs"]
@@ -57,8 +58,8 @@ class SinkPairs(Pass):
 
 
 def _take(b: Builder, node: fx.Node) -> fx.Node:
-    x = d.input_node(node)
-    rows, columns = (d.constant(d.input_node(node, i)) for i in (1, 2))
+    pairs = TakePairs.of(node)
+    x, rows, columns = pairs.x, pairs.rows, pairs.columns
 
     def pick(n: fx.Node) -> fx.Node:
         return b.take_pairs(n, rows, columns)
@@ -87,12 +88,11 @@ def _take(b: Builder, node: fx.Node) -> fx.Node:
 
 def _put(b: Builder, node: fx.Node) -> fx.Node:
     """Scatter by a selection, with an encrypted zero for the entries that no pair fills."""
-    x = d.input_node(node)
-    rows, columns = (d.constant(d.input_node(node, i)) for i in (1, 2))
-    n_rows, n_columns = cast(int, node.args[3]), cast(int, node.args[4])
+    pairs = PutPairs.of(node)
+    x, n_rows, n_columns = pairs.x, pairs.n_rows, pairs.n_columns
     *lead, n = d.shape_of(x)
     source = torch.full((n_rows * n_columns,), n)
-    source[rows * n_columns + columns] = torch.arange(n)
+    source[pairs.rows * n_columns + pairs.columns] = torch.arange(n)
     if n < n_rows * n_columns:
         x = b.cat([x, b.scale(b.index_select(x, -1, torch.tensor([0])), 0.0)], -1)
     return b.view(b.index_select(x, -1, source), (*lead, n_rows, n_columns))
@@ -118,13 +118,12 @@ def _scattered(x: fx.Node) -> tuple[_Scattered] | None:
         x = d.input_node(x)
     if not d.is_call(x, PUT_PAIRS):
         return None
-    n_rows, n_columns = cast(int, x.args[3]), cast(int, x.args[4])
+    pairs = PutPairs.of(x)
     if constant is None:
-        constant = torch.zeros(n_rows, n_columns)
-    if constant.shape != (n_rows, n_columns):
+        constant = torch.zeros(pairs.n_rows, pairs.n_columns)
+    if constant.shape != (pairs.n_rows, pairs.n_columns):
         return None
-    rows, columns = (d.constant(d.input_node(x, i)) for i in (1, 2))
-    return (_Scattered(d.input_node(x), rows, columns, constant, is_stochastic),)
+    return (_Scattered(pairs.x, pairs.rows, pairs.columns, constant, is_stochastic),)
 
 
 def _sum_pairs(b: Builder, v: fx.Node, m: _Scattered) -> fx.Node | None:

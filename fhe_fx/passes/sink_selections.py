@@ -17,6 +17,7 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
 from fhe_fx.ir.ops import LINEAR, MASKED_SOFTMAX, SCALE, SHIFT
 from fhe_fx.ir.program import Program
+from fhe_fx.ir.views import IndexSelect, MaskedSoftmax, Permute
 from fhe_fx.passes.base import Pass, register
 
 __all__ = ["SinkSelections"]
@@ -40,8 +41,8 @@ class SinkSelections(Pass):
         return changed
 
     def _step(self, program: Program, node: fx.Node) -> bool:
-        x = d.input_node(node)
-        dim, index = cast(int, node.args[1]), d.constant(d.input_node(node, 2))
+        select = IndexSelect.of(node)
+        x, dim, index = select.x, select.dim, select.index
         if x.op == "placeholder" or not all(d.is_call(u, d.INDEX_SELECT) for u in x.users):
             return False
         if len(torch.unique(index)) < len(index):
@@ -72,12 +73,12 @@ def _commute(b: Builder, x: fx.Node, dim: int, index: Tensor) -> fx.Node | None:
         return None
     rank = len(d.shape_of(x))
     if d.is_call(x, d.INDEX_SELECT):
-        inner, chosen = cast(int, x.args[1]), d.constant(d.input_node(x, 2))
-        if inner == dim:
-            return b.index_select(source, dim, chosen[index])
+        inner = IndexSelect.of(x)
+        if inner.dim == dim:
+            return b.index_select(source, dim, inner.index[index])
         return None
     if d.is_call(x, d.PERMUTE):
-        dims = cast("list[int]", x.args[1])
+        dims = Permute.of(x).dims
         return b.permute(b.index_select(source, dims[dim], index), dims)
     if d.is_call(x, d.VIEW):
         return _through_view(b, x, source, dim, index)
@@ -104,7 +105,7 @@ def _commute(b: Builder, x: fx.Node, dim: int, index: Tensor) -> fx.Node | None:
         return b.matmul(left, right)
     if d.is_call(x, MASKED_SOFTMAX) and dim != rank - 1:
         live = pick_constant(d.input_node(x, 1))
-        return b.masked_softmax(pick(source), live, bool(x.args[2]))
+        return b.masked_softmax(pick(source), live, MaskedSoftmax.of(x).is_log)
     return None
 
 

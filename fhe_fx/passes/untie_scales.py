@@ -8,7 +8,7 @@ of the sum is an integer multiplication that takes x from its own scale to the f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import networkx as nx
 import torch
@@ -86,4 +86,4 @@ def _closing_sum(program: Program, weighted: fx.Node) -> tuple[fx.Node, fx.Node]
 
 def _is_free(node: fx.Node) -> bool:
     """Say whether a value has a scale of its own already."""
-    return d.is_call(node, SCALE) and bool((d.constant(cast(fx.Node, node.args[1])) == 1).all())
+    return d.is_call(node, SCALE) and bool((d.constant(d.input_node(node, 1)) == 1).all())

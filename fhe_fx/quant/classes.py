@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import LINEAR, LOOKUP, SCALE, SHIFT
+from fhe_fx.ir.views import Sum
 
 if TYPE_CHECKING:
     from fhe_fx.ir.program import Program
@@ -120,7 +121,7 @@ def find_classes(program: Program) -> Classes:
             join(inputs[0], inputs[-1])
             ids[node] = inputs[0]
         elif d.is_call(node, d.SUM):
-            dims = list(node.args[1])  # type: ignore[arg-type]
+            dims = Sum.of(node).dims
             least = inputs[0].amin(dims, keepdim=True)
             join(least.expand(inputs[0].shape), inputs[0])
             ids[node] = least.reshape(shape)

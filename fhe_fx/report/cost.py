@@ -13,6 +13,7 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
+from fhe_fx.ir.views import Lookup
 from fhe_fx.report.machine import bootstrap_rate
 
 __all__ = ["NodeCost", "RegionCost", "Report", "report_on"]
@@ -143,7 +144,8 @@ def report_on(programs: Sequence[tuple[Program, CircuitFacts | None]]) -> Report
 def _region(program: Program, facts: CircuitFacts | None) -> RegionCost:
     look_ups = program.calls(LOOKUP)
     counts = {n: math.prod(d.shape_of(n)) for n in look_ups}
-    costs = {n: counts[n] * _UNIT.get(_bits(n), 1e8 * 2.0 ** (_bits(n) - 6)) for n in look_ups}
+    bits = {n: Lookup.of(n).bits for n in look_ups}
+    costs = {n: counts[n] * _UNIT.get(bits[n], 1e8 * 2.0 ** (bits[n] - 6)) for n in look_ups}
     total = sum(costs.values()) or 1.0
     nodes = []
     for n in look_ups:
@@ -155,7 +157,7 @@ def _region(program: Program, facts: CircuitFacts | None) -> RegionCost:
                 str(n.meta.get("module_path", "")),
                 str(n.meta.get("source", "")),
                 counts[n],
-                _bits(n),
+                bits[n],
                 source.bits,
                 costs[n] / total,
             )
@@ -164,7 +166,7 @@ def _region(program: Program, facts: CircuitFacts | None) -> RegionCost:
     base = RegionCost(
         name=program.name,
         look_ups=sum(counts.values()),
-        max_lookup_bits=max((_bits(n) for n in look_ups), default=0),
+        max_lookup_bits=max(bits.values(), default=0),
         p_error=program.options.p_error,
         nodes=tuple(nodes),
     )
@@ -184,10 +186,6 @@ def _region(program: Program, facts: CircuitFacts | None) -> RegionCost:
         facts.compile_seconds,
         facts.complexity / rate,
     )
-
-
-def _bits(node: Any) -> int:
-    return int(node.args[3])
 
 
 def _total(values: Any) -> Any:

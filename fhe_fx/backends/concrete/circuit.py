@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from concrete import fhe
@@ -18,6 +18,7 @@ from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.ir.printer import format_program
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
+from fhe_fx.ir.views import Lookup
 
 __all__ = ["ConcreteBackend", "ConcreteCircuit"]
 
@@ -72,14 +73,14 @@ def _explain(program: Program, error: RuntimeError) -> Exception:
     text = str(error).strip().splitlines()
     if not any(word in str(error) for word in ("NoParametersFound", "bit", "Unfeasible")):
         return BackendError(f"{program.name}: Concrete refused the program: {' '.join(text[:3])}")
-    look_ups = program.calls(LOOKUP)
-    widest = max(look_ups, key=lambda n: (n.args[3], n.args[4]), default=None)
-    if widest is None:
+    look_ups = [(Lookup.of(n), n) for n in program.calls(LOOKUP)]
+    if not look_ups:
         return BackendError(f"{program.name}: Concrete refused the program: {' '.join(text[:3])}")
-    source: ValueType = d.input_node(widest).meta["type"]
+    view, widest = max(look_ups, key=lambda pair: (pair[0].bits, pair[0].lsbs))
+    source: ValueType = view.x.meta["type"]
     return BitWidthError(
         f"{program.name}: no parameters of 128-bit security exist for this circuit. Its widest "
-        f"look-up reads {widest.args[3]} of {source.bits} bits "
+        f"look-up reads {view.bits} of {source.bits} bits "
         f"({widest.meta.get('module_path', '')}, {widest.meta.get('source', '')}).\n"
         f"{format_program(program, {widest})}"
     )
@@ -154,7 +155,7 @@ class ConcreteCircuit:
 def _facts(program: Program, circuit: Any, seconds: float) -> CircuitFacts:
     statistics = circuit.statistics
     keys = circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys
-    bits = [cast(int, n.args[3]) for n in program.calls(LOOKUP)]
+    bits = [Lookup.of(n).bits for n in program.calls(LOOKUP)]
     parameters = tuple(
         str(p) for p in statistics.get("programmable_bootstrap_count_per_parameter", {})
     )
