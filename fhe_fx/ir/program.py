@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
+from fhe_fx.ir.batch import BatchInterpreter
 from fhe_fx.ir.build import Builder
 from fhe_fx.options import Options
 
@@ -124,9 +125,27 @@ class Program:
         self.graph.lint()
         self.module.recompile()
 
-    def values(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Run on one sample and return the value of every encrypted node by name."""
-        return _Recorder(self.module).record([inputs[self.source_of(n)] for n in self.placeholders])
+    def values(
+        self, samples: Sequence[Sequence[Tensor]], names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Run on samples and return the value of encrypted nodes.
+
+        Args:
+            samples: one value for each original input, a sample.
+            names: nodes whose values are wanted; all without it.
+
+        Returns:
+            `[n_samples, *shape]`, by node name.
+        """
+        recorder = _Recorder(self.module, names)
+        with torch.no_grad():
+            recorder.run(*self.stacked(samples))
+        return recorder.found
+
+    def stacked(self, samples: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Return the value of each placeholder on samples, `[n_samples, *shape]`."""
+        inputs = [torch.stack(values) for values in zip(*samples, strict=True)]
+        return [inputs[self.source_of(n)] for n in self.placeholders]
 
     def __str__(self) -> str:
         from fhe_fx.ir.printer import format_program
@@ -134,17 +153,16 @@ class Program:
         return format_program(self)
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(BatchInterpreter):
     """Runs a graph and keeps the value of each encrypted node."""
 
-    def record(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    def __init__(self, module: fx.GraphModule, names: Collection[str] | None) -> None:
+        super().__init__(module)
+        self.names = names
         self.found: dict[str, Tensor] = {}
-        with torch.no_grad():
-            self.run(*inputs)
-        return self.found
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if d.is_encrypted(n):
+        if d.is_encrypted(n) and (self.names is None or n.name in self.names):
             self.found[n.name] = value
         return value

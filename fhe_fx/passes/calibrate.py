@@ -27,7 +27,7 @@ class Calibrate(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"calibrated"})
 
     def run(self, program: Program) -> bool:
-        """Interpret the program on every sample.
+        """Interpret the program on all samples.
 
         Raises:
             CalibrationError: if there is no sample, or a value is not finite.
@@ -37,8 +37,7 @@ class Calibrate(Pass):
                 f"{program.name}: there are no calibration samples. Pass calibration=[...]."
             )
         before = str(program)
-        runs = [program.values(sample) for sample in program.samples]
-        program.observed = {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
+        program.observed = program.values(program.samples)
         for node in program.encrypted():
             values = program.observed[node.name]
             if not bool(torch.isfinite(values).all()):

@@ -77,14 +77,9 @@ class ChooseRanges(Pass):
         weight[len(samples) :] = self.weight_of_rarer
         samples = [*samples, *rarer]
         names = {n.name for n in sources}
-        runs = [
-            {name: value for name, value in program.values(sample).items() if name in names}
-            for sample in samples
-        ]
-        rounded = rounded_values(program, classes, samples, names)
         return _Evidence(
-            {name: torch.stack([run[name] for run in runs]) for name in names},
-            rounded,
+            program.values(samples, names),
+            rounded_values(program, classes, samples, names),
             sensitivities(program, samples),
             weight,
         )

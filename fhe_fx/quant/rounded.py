@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
+from fhe_fx.ir.batch import BatchInterpreter
 from fhe_fx.quant.tables import slot_mean
 
 if TYPE_CHECKING:
@@ -55,15 +56,11 @@ def rounded_values(
         n: slots(d.input_node(n), n.meta.get("lookup_bits", options.lookup_bits))
         for n in program.maps()
     }
-    runner = _Rounder(program.module, inputs | read)
+    runner = _Rounder(program.module, inputs | read, names)
     runner.generator.manual_seed(options.seed)
-    runs = []
     with torch.no_grad():
-        for sample in samples:
-            runner.found = {}
-            runner.run(*[sample[program.source_of(n)] for n in program.placeholders])
-            runs.append({k: v for k, v in runner.found.items() if names is None or k in names})
-    return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
+        runner.run(*program.stacked(samples))
+    return runner.found
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class _Slots:
 
     def rounded(self, value: Tensor, generator: torch.Generator) -> Tensor:
         """Return the middle of each value's slot."""
-        start = torch.rand(self.low.shape, generator=generator, dtype=torch.float64)
+        start = torch.rand(value.shape, generator=generator, dtype=torch.float64)
         return ((value.double() / self.width - start).round() + start) * self.width
 
     def answered(self, function: fx.GraphModule, centre: Tensor) -> Tensor:
@@ -93,10 +90,12 @@ class _Slots:
         return found.float()
 
 
-class _Rounder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, slots: dict[fx.Node, _Slots]) -> None:
+class _Rounder(BatchInterpreter):
+    def __init__(
+        self, module: fx.GraphModule, slots: dict[fx.Node, _Slots], names: Collection[str] | None
+    ) -> None:
         super().__init__(module)
-        self.slots = slots
+        self.slots, self.names = slots, names
         self.generator = torch.Generator()
         self.found: dict[str, Tensor] = {}
 
@@ -109,6 +108,6 @@ class _Rounder(fx.Interpreter):
             result = super().run_node(n)
             if n.op == "placeholder":
                 result = self.slots[n].rounded(result, self.generator).float()
-        if d.is_encrypted(n):
+        if d.is_encrypted(n) and (self.names is None or n.name in self.names):
             self.found[n.name] = result
         return result

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
+from fhe_fx.ir.batch import BatchInterpreter
 
 if TYPE_CHECKING:
     from fhe_fx.ir.program import Program
@@ -42,30 +43,24 @@ def sensitivities(
     ]
     recorder = _Recorder(program.module)
     found: dict[str, list[Tensor]] = {n.name: [] for n in program.maps()}
-    for sample in samples:
-        recorder.answers = {}
-        with torch.enable_grad():
-            inputs = [sample[program.source_of(n)].float() for n in program.placeholders]
-            results = recorder.run(*[x.detach().requires_grad_() for x in inputs])
-            for draw in range(draws):
-                total = sum(
-                    (torch.randn(r.shape, generator=generator) * r).sum() / size
-                    for r, size in zip(results, sizes, strict=True)
-                )
-                answers = list(recorder.answers.values())
-                gradients = torch.autograd.grad(
-                    total, answers, retain_graph=draw + 1 < draws, materialize_grads=True
-                )
-                for name, gradient in zip(recorder.answers, gradients, strict=True):
-                    found[name].append(gradient)
-    n = len(samples)
-    return {
-        name: torch.stack(g).view(n, draws, *g[0].shape).transpose(0, 1)
-        for name, g in found.items()
-    }
+    with torch.enable_grad():
+        inputs = [x.detach().float().requires_grad_() for x in program.stacked(samples)]
+        results = recorder.run(*inputs)
+        answers = list(recorder.answers.values())
+        for draw in range(draws):
+            total = sum(
+                (torch.randn(r.shape, generator=generator) * r).sum() / size
+                for r, size in zip(results, sizes, strict=True)
+            )
+            gradients = torch.autograd.grad(
+                total, answers, retain_graph=draw + 1 < draws, materialize_grads=True
+            )
+            for name, gradient in zip(recorder.answers, gradients, strict=True):
+                found[name].append(gradient)
+    return {name: torch.stack(gradients) for name, gradients in found.items()}
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(BatchInterpreter):
     """Runs a graph and keeps what each map answers, with its history."""
 
     def __init__(self, module: fx.GraphModule) -> None:
