@@ -61,10 +61,11 @@ class LookupError:
         self.is_clipped = is_clipped
         self.gradients = gradients.flatten(2)
         self.domain = self._ends(exact[:n_calibrated])
-        self.expected = self._apply(arriving)
         least, greatest = self._ends(self._apply(exact[:n_calibrated]))
         room = ROOM * (greatest - least)
         self.codomain = (least - room, greatest + room)
+        # Beyond the room for results no range helps.
+        self.expected = self._tabulated(arriving)
 
     def of(self, low: Tensor, high: Tensor) -> Tensor:
         """Return the weighted errors when every value is looked up in its `[low, high]`.
