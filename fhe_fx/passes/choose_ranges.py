@@ -8,6 +8,7 @@ range is tried at several places, wrapped values and the noise of bootstraps inc
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -41,7 +42,7 @@ class ChooseRanges(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"calibrated", "bits", "no-products"})
     gives: ClassVar[frozenset[str]] = frozenset({"ranges"})
 
-    rooms: tuple[float, ...] = (-0.1, -0.05, 0.0, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8)
+    rooms: tuple[float, ...] = (-0.1, -0.05, 0.0, 0.03, 0.07, 0.13, 0.25, 0.4, 0.7)
     """How far beyond the observed range an end may lie, in parts of that range."""
     room: float = 0.03
     """How far it lies where no place is better: before a step, no derivative weighs errors."""
@@ -115,14 +116,14 @@ class ChooseRanges(Pass):
         span = high - low
         best_low, best_high = low - self.room * span, high + self.room * span
         least = error_of(best_low, best_high)
-        for _ in range(2):
-            for room in self.rooms:
-                for ends in ((best_low, high + room * span), (low - room * span, best_high)):
-                    found = error_of(*ends)
-                    is_better = found < least
-                    least = torch.where(is_better, found, least)
-                    best_low = torch.where(is_better, ends[0], best_low)
-                    best_high = torch.where(is_better, ends[1], best_high)
+        # Both ends together: where a value wraps at one end depends on the other.
+        for below, above in itertools.product(self.rooms, repeat=2):
+            ends = (low - below * span, high + above * span)
+            found = error_of(*ends)
+            is_better = found < least
+            least = torch.where(is_better, found, least)
+            best_low = torch.where(is_better, ends[0], best_low)
+            best_high = torch.where(is_better, ends[1], best_high)
         return best_low, best_high
 
 
