@@ -8,6 +8,7 @@ and after each pass verifies the graph and that the pass told the truth about ha
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -44,12 +45,17 @@ class Pass:
 
     @classmethod
     def law(cls) -> str:
-        """Return the first sentence of the docstring of the file: what the pass preserves."""
+        """Return what the pass does and what it preserves, from the docstring of its file.
+
+        The first paragraph says the one, the first sentence of the second the other.
+        """
         import inspect
 
         module = inspect.getmodule(cls)
         text = (module.__doc__ if module and module.__doc__ else cls.__doc__) or ""
-        return " ".join(text.strip().split("\n\n")[0].split())
+        does, *more = (" ".join(part.split()) for part in text.strip().split("\n\n"))
+        preserves = re.match(r".+?[.;](?=\s|$)", more[0]) if more else None
+        return f"{does} {preserves[0].rstrip(';.')}." if preserves else does
 
 
 _REGISTRY: dict[str, type[Pass]] = {}
