@@ -1,6 +1,6 @@
 """Reading an artefact: checked whole before anything in it is parsed, then run without the model.
 
-`server/server.zip` holds machine code that runs in this process. The sums in the manifest find
+`server.zip` holds machine code that runs in this process. The sums in the manifest find
 accidents, not malice: load only what comes from where you trust.
 """
 
@@ -30,23 +30,22 @@ if TYPE_CHECKING:
 __all__ = [
     "CLIENT",
     "CLIENT_ENTRIES",
-    "CLIENT_MANIFEST",
     "EXECUTION_FILES",
     "FILES",
     "GRAPH",
+    "PARTIES",
     "SERVER",
     "SERVER_ENTRIES",
-    "SERVER_MANIFEST",
     "SPECS",
     "Artifact",
     "load_artifact",
     "simulated",
 ]
 
-CLIENT, SERVER = "client/client.zip", "server/server.zip"
-GRAPH = "server/graph.txt"
-CLIENT_MANIFEST, SERVER_MANIFEST = f"client/{MANIFEST}", f"server/{MANIFEST}"
-FILES = (CLIENT, CLIENT_MANIFEST, SERVER, SERVER_MANIFEST, GRAPH)
+CLIENT, SERVER, GRAPH = "client.zip", "server.zip", "graph.txt"
+PARTIES = {f"client/{CLIENT}": CLIENT, f"server/{SERVER}": SERVER, f"server/{GRAPH}": GRAPH}
+"""The same files in the directories that are handed to the two parties."""
+FILES = (CLIENT, SERVER, GRAPH, *PARTIES, f"client/{MANIFEST}", f"server/{MANIFEST}")
 """The files of an artefact beside its manifest."""
 
 SPECS = "client.specs.json"

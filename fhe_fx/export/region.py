@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from fhe_fx.export.artifact import (
     CLIENT,
     FILES,
     GRAPH,
+    PARTIES,
     SERVER,
     SPECS,
     Artifact,
@@ -46,7 +49,10 @@ def export_region(
     origin: str = "",
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
-    """Write a region as two directories to hand out, `client` and `server`, and a manifest.
+    """Write a region as `client.zip`, `server.zip`, `graph.txt` and `manifest.json`.
+
+    The directories `client` and `server` in it are to be handed to the two parties: the same files
+    with a manifest of their own, which says nothing of the other party.
 
     The directory appears when all of it is written and validated; after an error it is as it was.
 
@@ -73,11 +79,14 @@ def export_region(
         files = _files(region)
         bundle = bundle_id(files[CLIENT], files[SERVER])
         for name, content in files.items():
-            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
+        handed_out = {copy: files[name] for copy, name in PARTIES.items()}
         for party in ("client", "server"):
-            own = party_manifest(party, {**manifest, "bundle": bundle}, region, files)
+            (partial / party).mkdir()
+            own = party_manifest(party, {**manifest, "bundle": bundle}, region, handed_out)
             write_manifest(partial / party, own)
+        for copy, name in PARTIES.items():
+            _link(partial / name, partial / copy)
         for name in FILES:
             manifest["files"][name] = file_entry((partial / name).read_bytes())
         write_manifest(partial, manifest)
@@ -87,6 +96,14 @@ def export_region(
                 manifest["validation"] = _validate(region, artifact)
             write_manifest(partial, manifest)
     return manifest
+
+
+def _link(path: Path, copy: Path) -> None:
+    """Let a file appear a second time, on the same bytes where the file system can."""
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copyfile(path, copy)
 
 
 def _files(region: Region) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from fhe_fx.errors import ArtifactError, InputError
 from fhe_fx.export import FILES, export_region, load_artifact, read_manifest
 from fhe_fx.export import region as region_module
 from fhe_fx.export.archive import pack, unpack
-from fhe_fx.export.artifact import SERVER_ENTRIES
+from fhe_fx.export.artifact import PARTIES, SERVER_ENTRIES
 from fhe_fx.export.manifest import file_entry, write_manifest
 from fhe_fx.runtime.region import Region
 from tests.export.conftest import make_region
@@ -54,12 +54,17 @@ def test_manifest_states_cost_shapes_and_validation(written: Path, region: Regio
     assert manifest["validation"]["simulated_error_to_clear"] < 0.5
     held = sorted(p.relative_to(written).as_posix() for p in written.rglob("*") if p.is_file())
     assert held == sorted([*FILES, "manifest.json"])
-    assert (written / "server" / "graph.txt").read_text() == f"{region.program}\n"
+    assert {p.name for p in written.iterdir()} == {
+        "client.zip", "server.zip", "graph.txt", "manifest.json", "client", "server"
+    }  # fmt: skip
+    assert (written / "graph.txt").read_text() == f"{region.program}\n"
+    for copy, name in PARTIES.items():
+        assert (written / copy).read_bytes() == (written / name).read_bytes()
 
 
 def test_same_region_gives_same_client_file(region: Region, written: Path, tmp_path: Path) -> None:
     export_region(region, tmp_path / "again", validate=False)
-    ours, theirs = (d / "client" / "client.zip" for d in (tmp_path / "again", written))
+    ours, theirs = (d / "client.zip" for d in (tmp_path / "again", written))
     assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -155,7 +160,7 @@ def test_damaged_manifest(copy: Path) -> None:
     assert refused(copy) == "DIR/manifest.json is not the manifest of an fhe_fx artefact."
     edit_files = json.loads(text)["files"]
     path.write_text(text)
-    edit(copy, files={"../../etc/passwd": edit_files["server/graph.txt"]})
+    edit(copy, files={"../../etc/passwd": edit_files["graph.txt"]})
     assert refused(copy) == (f"DIR/manifest.json was altered: it does not list {', '.join(FILES)}.")
 
 
@@ -181,11 +186,11 @@ def test_other_versions(copy: Path) -> None:
 def test_archive_with_other_entries(copy: Path) -> None:
     """Sums that fit do not help an archive that holds more, or less, than it should."""
     manifest = read_manifest(copy)
-    server = unpack("server.zip", (copy / "server" / "server.zip").read_bytes(), SERVER_ENTRIES)
+    server = unpack("server.zip", (copy / "server.zip").read_bytes(), SERVER_ENTRIES)
 
     def put(content: bytes) -> None:
-        (copy / "server" / "server.zip").write_bytes(content)
-        edit(copy, files={**manifest["files"], "server/server.zip": file_entry(content)})
+        (copy / "server.zip").write_bytes(content)
+        edit(copy, files={**manifest["files"], "server.zip": file_entry(content)})
 
     put(pack({**server, "../evil": b""}))
     assert "unexpected: '../evil'" in refused(copy)
@@ -202,7 +207,7 @@ def test_archive_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_archive_holds_plain_names(written: Path) -> None:
-    for name in ("client/client.zip", "server/server.zip"):
+    for name in ("client.zip", "server.zip"):
         with zipfile.ZipFile(written / name) as archive:
             assert not [n for n in archive.namelist() if "/" in n or n.startswith(".")]
 
@@ -224,7 +229,7 @@ def test_only_an_artefact_is_replaced(region: Region, copy: Path) -> None:
     (copy / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match=r"is not replaced: .* has no manifest"):
         export_region(region, copy, validate=False)
-    graph = copy / "server" / "graph.txt"
+    graph = copy / "graph.txt"
     with pytest.raises(ArtifactError, match=r"graph\.txt is a file, so .* cannot be made in it"):
         export_region(region, graph / "b")
     export_region(region, copy.parent / "made" / "deep", validate=False)
