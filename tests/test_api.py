@@ -320,9 +320,20 @@ def test_a_head_takes_its_weights_along() -> None:
     (part,) = encrypted_modules(result)
     assert part.region.captured.name == "transformer.h.0.attn heads 1"
     shapes = [tuple(n.meta["val"].shape) for n in part.region.captured.placeholders]
-    assert shapes == [(4, 16)]  # the hidden state itself, not projections of it
+    assert shapes == [(1, 4, 16)]  # the hidden state itself, not projections of it
     x = 0.5 * torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(_clear(result).transformer.h[0].attn(x[:, :2])[0], part(x)[0][:, :2])
+
+
+def test_a_head_takes_its_rotary_embedding_along() -> None:
+    model = tiny_llama()
+    result = fhe_fx.encrypt_submodule(
+        model, "layers.0.self_attn", heads=[2], max_tokens=4, options=FEW
+    )
+    (part,) = encrypted_modules(result)
+    n_channels = model.config.hidden_size
+    shapes = [tuple(n.meta["val"].shape) for n in part.region.captured.placeholders]
+    assert shapes == [(1, 4, n_channels)]
 
 
 @pytest.mark.parametrize("heads", [[2], [-1], [0, 0], []])

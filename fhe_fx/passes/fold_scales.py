@@ -189,8 +189,8 @@ class FoldScales(Pass):
             return b.shift(b.scale(d.input_node(x), factor), offset * factor)
         if d.is_call(x, LINEAR):
             weight = d.constant(d.input_node(x, 1))
-            column = _as_column_factor(factor, len(d.shape_of(x)))
-            return None if column is None else b.linear(d.input_node(x), weight * column)
+            columns = _for_columns(factor, weight)
+            return None if columns is None else b.linear(d.input_node(x), weight * columns)
         if d.is_call(x, d.MATMUL) and factor.numel() == 1:
             left, right = (cast(fx.Node, a) for a in x.args)
             if _is_cheap_to_copy(left):
@@ -221,7 +221,8 @@ class FoldScales(Pass):
         if d.is_map(node) or node.op == "placeholder":
             return True
         if d.is_call(node, LINEAR):
-            return factor is None or _as_column_factor(factor, len(d.shape_of(node))) is not None
+            weight = d.constant(d.input_node(node, 1))
+            return factor is None or _for_columns(factor, weight) is not None
         if d.is_call(node, d.ADD, d.SUB):
             return all(self._takes(n, factor, may_merge) for n in d.operands(node))
         if d.is_call(node, d.MATMUL):
@@ -266,6 +267,21 @@ def _is_cheap_to_copy(node: fx.Node) -> bool:
     while d.is_call(node, *_MOVES, SCALE, SHIFT):
         node = d.input_node(node)
     return d.is_call(node, LINEAR)
+
+
+def _for_columns(factor: Tensor, weight: Tensor) -> Tensor | None:
+    """Return a factor of a clear-weight product as one of its weights' columns, if it is that."""
+    factor = _shrink(factor)
+    while factor.dim() > 1 and factor.shape[0] == 1:
+        factor = factor[0]
+    if factor.dim() < 2:
+        return factor
+    lead = factor.shape[:-2]  # rows with weights of their own
+    known = weight.shape[:-2][len(weight.shape) - 2 - len(lead) :]
+    is_known = len(lead) <= weight.dim() - 2 and all(
+        f in {1, w} for f, w in zip(lead, known, strict=True)
+    )
+    return factor if factor.shape[-2] == 1 and is_known else None
 
 
 def _as_column_factor(factor: Tensor, rank: int) -> Tensor | None:

@@ -172,16 +172,24 @@ def _balance(
     """Choose the factor of each class so that both operands have the same spread.
 
     Where classes meet one to one, alpha * beta = 1, so that products of different channels can be
-    summed as they are. Where one class meets many, each of the many is brought to spread one.
+    summed as they are; where several meet several, rows with weights of their own, all of a side
+    are taken as one. Where one class meets many, each of the many is brought to spread one.
     """
     pairs = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1)
-    n = len(spread_a)
-    partners_a = torch.bincount(pairs[0], minlength=n)
-    partners_b = torch.bincount(pairs[1], minlength=n)
+    group = group_of[pairs[0]]
+    n_groups = int(group_of.max()) + 1
+    sides = []
+    for classes, spread in ((pairs[0], spread_a), (pairs[1], spread_b)):
+        members = torch.unique(torch.stack([group, classes]), dim=1)
+        count = torch.bincount(members[0], minlength=n_groups)
+        square = torch.zeros(n_groups, dtype=torch.float64)
+        square.scatter_add_(0, members[0], spread[members[1]].square())
+        sides.append((count, (square / count.clamp_min(1)).sqrt()))
+    (count_a, size_a), (count_b, size_b) = sides
+    alike = ((count_a == 1) == (count_b == 1))[group]
+    one_a, one_b, group = pairs[0][alike], pairs[1][alike], group[alike]
+    ratio = (size_b / size_a)[group].sqrt()
     alpha, beta = 1.0 / spread_a, 1.0 / spread_b
-    single = (partners_a[pairs[0]] == 1) & (partners_b[pairs[1]] == 1)
-    one_a, one_b = pairs[0][single], pairs[1][single]
-    ratio = (spread_b[one_b] / spread_a[one_a]).sqrt()
     alpha[one_a], beta[one_b] = ratio, 1.0 / ratio
     return alpha, beta
 

@@ -2,7 +2,8 @@
 
 Exact to float rounding. The heads are the batch dimension of the two matrix products around a
 softmax; the chosen ones are computed apart, from projections that make nothing else, so that the
-region holds their q, k, v weights and the client the others'.
+region holds their q, k, v weights and the client the others'. A rotary embedding between weights
+and product is composed into the weights, and each position then has its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from fhe_fx.errors import TargetError
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
+from fhe_fx.ir.chains import AffineChain
 from fhe_fx.ir.ops import MASKED_SOFTMAX, SCALE, SHIFT
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
@@ -117,6 +119,15 @@ def _copy_heads(b: Builder, node: fx.Node, heads: Tensor) -> fx.Node:
     if d.is_call(node, d.MATMUL):
         left, right = (cast(fx.Node, a) for a in node.args)
         if d.is_call(left, MASKED_SOFTMAX):
-            return b.matmul(_copy_heads(b, left, heads), b.index_select(right, axis, heads))
-        return b.matmul(b.index_select(left, axis, heads), b.index_select(right, axis, heads))
+            return b.matmul(_copy_heads(b, left, heads), _pick(b, right, axis, heads))
+        return b.matmul(_pick(b, left, axis, heads), _pick(b, right, axis, heads))
     return b.index_select(node, axis, heads)
+
+
+def _pick(b: Builder, x: fx.Node, axis: int, heads: Tensor) -> fx.Node:
+    """Take some heads of an operand, made by weights of their own where weights make it."""
+    picked = b.index_select(x, axis, heads)
+    chain = AffineChain.of(picked)
+    if chain.reason_against_one_product() is not None:
+        return picked
+    return chain.as_one_product(b)

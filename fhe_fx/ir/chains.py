@@ -1,0 +1,176 @@
+"""Affine chains: what leads to a node by affine operators alone, and the one product that it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.batch import BatchInterpreter
+from fhe_fx.ir.build import Builder, compact
+from fhe_fx.ir.ops import LINEAR, PUT_PAIRS, TAKE_PAIRS
+from fhe_fx.ir.views import Sum
+
+__all__ = ["AffineChain"]
+
+_STEPS = d.AFFINE - {PUT_PAIRS, TAKE_PAIRS}
+_MIXED = -1
+"""Instead of a row's number: the element depends on several rows."""
+MAX_WEIGHTS = 1 << 26
+"""No larger product is composed: rows with weights of their own take memory."""
+
+
+@dataclass(frozen=True)
+class AffineChain:
+    """What makes a node by affine operators."""
+
+    nodes: tuple[fx.Node, ...]
+    """In order; the node itself is the last."""
+    sources: tuple[fx.Node, ...]
+    """The encrypted nodes that they read and that are not among them."""
+
+    @staticmethod
+    def of(node: fx.Node) -> AffineChain:
+        """Walk up from a node to what is not affine."""
+        nodes: dict[fx.Node, None] = {}
+        sources: dict[fx.Node, None] = {}
+
+        def visit(n: fx.Node) -> None:
+            if n in nodes or n in sources:
+                return
+            if not d.is_call(n, *_STEPS):
+                sources[n] = None
+                return
+            for operand in d.operands(n):
+                visit(operand)
+            nodes[n] = None
+
+        visit(node)
+        return AffineChain(tuple(nodes), tuple(sources))
+
+    def reason_against_one_product(self) -> str | None:
+        """Say why the chain is not one clear-weight product of each row, or None if it is."""
+        if len(self.sources) != 1:
+            return f"it is made of {len(self.sources)} tensors"
+        shape = d.shape_of(self.sources[0])
+        if not self._is_weighted():
+            return "part of it is not multiplied by clear weights"
+        rows = self._rows()
+        if bool((rows == _MIXED).any()):
+            return "it mixes rows"
+        counts = torch.bincount(rows.reshape(-1))
+        counts = counts[counts > 0]
+        if bool((counts != counts[0]).any()):
+            return "its rows are read unevenly"
+        if (n_weights := shape[-1] * rows.numel()) > MAX_WEIGHTS:
+            return f"the composed weights would be {n_weights:,} numbers"
+        return None
+
+    def as_one_product(self, b: Builder) -> fx.Node:
+        """Write the chain as one clear-weight product, moved into the shape of its last node.
+
+        The weights of all rows are the same where the chain does the same with each; otherwise
+        every row has its own.
+        """
+        source, rows = self.sources[0], self._rows()
+        shape = tuple(rows.shape)
+        weight, offset = self._coefficients()
+        order = torch.argsort(rows.reshape(-1), stable=True)  # what each row makes, side by side
+        read = torch.unique(rows)
+        weight = weight[:, order].view(len(weight), len(read), -1).transpose(0, 1)
+        x = b.index_select(b.view(source, (-1, d.shape_of(source)[-1])), 0, read)
+        if torch.allclose(weight, weight[:1].expand_as(weight), rtol=1e-6, atol=1e-9):
+            product = b.linear(x, weight[0].float())
+        else:
+            product = b.linear(b.view(x, (len(read), 1, -1)), weight.float())
+        shaped = _in_place(b, product, rows, order)
+        if bool((offset == 0).all()):
+            return shaped
+        return b.shift(shaped, compact(offset.view(shape)))
+
+    def _is_weighted(self) -> bool:
+        """Say whether every way from a source leads through a clear-weight product."""
+        inside = set(self.nodes)
+
+        def is_weighted(n: fx.Node) -> bool:
+            readers = [u for u in n.users if u in inside]
+            return bool(readers) and all(
+                d.is_call(u, LINEAR) or (d.is_call(u, *d.STRUCTURAL) and is_weighted(u))
+                for u in readers
+            )
+
+        return all(is_weighted(s) for s in self.sources)
+
+    def _rows(self) -> Tensor:
+        """Return the row of the only source that each element depends on, or `_MIXED`."""
+        shape = d.shape_of(self.sources[0])
+        number = torch.arange(math.prod(shape[:-1])).view(*shape[:-1], 1)
+        found = {self.sources[0]: number.expand(shape)}
+        for node in self.nodes:
+            found[node] = _rows_of(node, [found[n] for n in d.operands(node)])
+        return found[self.nodes[-1]]
+
+    def _coefficients(self) -> tuple[Tensor, Tensor]:
+        """Return weights `[K, numel]` and constants `[numel]`, float64.
+
+        A weight is what an element gains when channel k of its row grows by one. Rows do not mix,
+        so channel k of all rows may grow together.
+        """
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {self.sources[0]: graph.placeholder("x")}
+        copies[self.sources[0]].meta.update(self.sources[0].meta)
+
+        def copied(n: fx.Node) -> fx.Node:
+            if n not in copies:  # a constant
+                copies[n] = graph.node_copy(n)
+            return copies[n]
+
+        for node in self.nodes:
+            copies[node] = graph.node_copy(node, copied)
+        graph.output(copies[self.nodes[-1]])
+        module = fx.GraphModule(d.owner(self.nodes[-1]), graph).double()
+        shape = d.shape_of(self.sources[0])
+        unit = torch.eye(shape[-1], dtype=torch.float64)
+        inputs = torch.cat([torch.zeros(1, shape[-1], dtype=torch.float64), unit])
+        inputs = inputs.view(-1, *(1,) * (len(shape) - 1), shape[-1]).expand(-1, *shape)
+        with torch.no_grad():
+            values: Tensor = BatchInterpreter(module).run(inputs).flatten(1)
+        return values[1:] - values[0], values[0]
+
+
+def _in_place(b: Builder, product: fx.Node, rows: Tensor, order: Tensor) -> fx.Node:
+    """Move what the rows made, side by side, to where `rows` says that it stands.
+
+    Dimensions along which the row does not change are those of its elements; where the others
+    count the rows, a permutation does it.
+    """
+    shape = tuple(rows.shape)
+    along = [i for i in range(rows.dim()) if bool((rows != rows.narrow(i, 0, 1)).any())]
+    across = [i for i in range(rows.dim()) if i not in along]
+    sizes = [shape[i] for i in (*along, *across)]
+    dims = [(*along, *across).index(i) for i in range(rows.dim())]
+    counted = torch.argsort(order).view(shape)
+    if torch.equal(torch.arange(rows.numel()).view(sizes).permute(dims), counted):
+        return b.permute(b.view(product, sizes), dims)
+    return b.view(b.index_select(b.view(product, (-1,)), 0, torch.argsort(order)), shape)
+
+
+def _rows_of(node: fx.Node, inputs: list[Tensor]) -> Tensor:
+    shape, first = d.shape_of(node), inputs[0]
+    if d.is_call(node, *d.STRUCTURAL):
+        return d.evaluate(node, *inputs)
+    if d.is_call(node, d.ADD, d.SUB):
+        return torch.where(first == inputs[-1], first, _MIXED).expand(shape)
+    if d.is_call(node, d.SUM):
+        return _common(first, tuple(Sum.of(node).dims)).reshape(shape)
+    if d.is_call(node, LINEAR):
+        return _common(first, (-1,)).expand(shape)
+    return first.expand(shape)
+
+
+def _common(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
+    least, greatest = rows.amin(dims, keepdim=True), rows.amax(dims, keepdim=True)
+    return torch.where(least == greatest, least, _MIXED)
