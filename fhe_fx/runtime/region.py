@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from fhe_fx.backends.base import Circuit, CircuitFacts, Integers
+from fhe_fx.backends.base import CircuitFacts, Integers
 from fhe_fx.backends.reference import ReferenceBackend
 from fhe_fx.errors import ArtifactError, BitWidthError, FheFxError
 from fhe_fx.ir.program import Program
@@ -18,6 +18,9 @@ from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.partition import ENCRYPTED
 from fhe_fx.runtime.causality import causal_axes
 from fhe_fx.runtime.codec import Codec
+
+if TYPE_CHECKING:
+    from fhe_fx.backends.concrete import ConcreteCircuit
 
 __all__ = ["MODES", "Region", "Remote"]
 
@@ -50,9 +53,13 @@ class Region:
     """What lowered it."""
     input_shapes: tuple[tuple[int, ...], ...]
     """Shape of each encrypted input of the submodule, for one sample."""
+    tokens: int | None = None
+    """Tokens of the model inputs that it was captured with; None if those are no tokens."""
+    keys_from: Region | None = None
+    """The region whose keys its circuit uses too, where their parameters allow it."""
     remote: Remote | None = None
     """Who runs it in mode "remote"; `fhe_fx.connect` says so."""
-    _circuit: Circuit | None = None
+    _circuit: ConcreteCircuit | None = None
     _causal: dict[tuple[int, ...], dict[int, int] | None] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Region:
@@ -81,7 +88,7 @@ class Region:
         """What the circuit costs, once compiled."""
         return self._circuit.facts if self._circuit is not None else None
 
-    def circuit(self) -> Circuit:
+    def circuit(self) -> ConcreteCircuit:
         """Return the Concrete circuit, compiling it at the first call.
 
         Raises:
@@ -90,8 +97,9 @@ class Region:
         if self._circuit is None:
             from fhe_fx.backends.concrete import ConcreteBackend
 
+            keys_from = None if self.keys_from is None else self.keys_from.circuit()
             try:
-                self._circuit = ConcreteBackend().compile(self.program)
+                self._circuit = ConcreteBackend().compile(self.program, keys_from)
             except BitWidthError as error:
                 raise BitWidthError(f"{error}\n{self._advice()}") from error
         return self._circuit
