@@ -25,6 +25,7 @@ from fhe_fx.passes.normalize import Normalize
 from fhe_fx.passes.partition import ENCRYPTED
 from fhe_fx.quant.calibration import Call, as_call, check_calibration, sample_from_model
 from fhe_fx.report import Report, report_on
+from fhe_fx.runtime.generate import generate
 from fhe_fx.runtime.ladder import Ladder
 from fhe_fx.runtime.lower import lower_region
 from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
@@ -36,6 +37,7 @@ __all__ = [
     "compile",
     "encrypt_submodule",
     "encrypted_modules",
+    "generate",
     "report",
     "set_mode",
 ]
