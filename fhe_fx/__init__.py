@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from fhe_fx import passes
 from fhe_fx.api import compile, encrypt_submodule, generate, report, set_mode
 from fhe_fx.errors import FheFxError
+from fhe_fx.inspection import inspect
 from fhe_fx.options import Options
 from fhe_fx.passes import register_lowering
 
@@ -21,6 +22,7 @@ __all__ = [
     "connect",
     "encrypt_submodule",
     "generate",
+    "inspect",
     "passes",
     "register_lowering",
     "report",

@@ -479,8 +479,10 @@ def generate(
     Tokens go to standard output as they come. What will run is said before, with its cost.
     """
     import fhe_fx
+    from fhe_fx.api import encrypted_modules
     from fhe_fx.errors import did_you_mean
     from fhe_fx.runtime.generate import Sampling, lengths_for, plan_generation, rows_read
+    from fhe_fx.runtime.ranges import range_warnings
 
     modes = ("clear", "simulate", "execute")
     if mode not in modes:
@@ -500,6 +502,7 @@ def generate(
             show("compiling")
             fhe_fx.compile(encrypted)
     fhe_fx.set_mode(encrypted, mode)
+    watches = [part.region.watched() for part in encrypted_modules(encrypted)]
     plan = plan_generation(encrypted, len(ids), max_new_tokens, outgrown)
     _say(str(plan) + _time_of(plan.complexity if mode == "execute" else None))
     stream = fhe_fx.generate(
@@ -518,6 +521,8 @@ def generate(
         written.append(token)
         text.add(token.id)
     text.end()
+    for warning in range_warnings(use for watch in watches for use in watch.uses.values()):
+        _say(f"warning: {warning}")
     if as_json:
         _print_json(
             {
@@ -702,6 +707,56 @@ def evaluate(
     _say(f"wrote {', '.join(str(f) for f in files)}")
     if not can_plot():
         _say("note: no plot was made; matplotlib is missing: pip install 'fhe_fx[plots]'")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    submodule: Submodule = None,
+    n_bits: NBits = 4,
+    tokens: Annotated[int, typer.Option(help="Rows of the circuit.")] = 8,
+    heads: Heads = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Sentences, one a line; else the model writes its own.")
+    ] = None,
+    sentences: Annotated[int, typer.Option(min=1, help="How many the model writes.")] = 40,
+    threshold: Annotated[
+        float, typer.Option(help="Relative error from which a node is pointed out.")
+    ] = 0.1,
+    html: Annotated[Path | None, typer.Option(help="A page to write, with the graph.")] = None,
+    calibration: Calibration = None,
+    p_error: PError = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show float beside integer at every node: where the error comes from, and the cost."""
+    import fhe_fx
+    from fhe_fx.evaluate.texts import read_texts, sample_texts
+
+    if html is not None and not html.parent.is_dir():
+        raise OptionsError(f"--html {html}: there is no directory {html.parent}.")
+    with _progress("loading the model") as show:
+        named = _language_model(model, seed)
+        assert named.module is not None
+        rows = (
+            list(read_texts(data, named.tokenizer(), tokens).rows)
+            if data
+            else sample_texts(named.module, sentences, tokens, seed + 1, on_progress=show)
+        )
+        show("lowering the model")
+        encrypted = _encrypted(
+            named, submodule, n_bits, (tokens,), heads, calibration, p_error, seed
+        )
+        inputs = [{"input_ids": row[None]} for row in rows]
+        found = fhe_fx.inspect(encrypted, inputs, threshold=threshold, on_progress=show)
+    for warning in found.warnings:
+        _say(f"warning: {warning}")
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        _print(str(found))
+    if html is not None:
+        _say(f"wrote {found.save_html(html)}")
 
 
 @app.command()

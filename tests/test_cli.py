@@ -327,3 +327,20 @@ def test_generate_refuses_before_it_lowers() -> None:
     assert "This model has no tokenizer." in refused(
         "generate", "random:gpt2,n_layer=1", "--submodule", "h.0.attn", "--prompt", "He"
     )
+
+
+def test_inspect_prints_data_and_writes_a_page(tmp_path: Path) -> None:
+    given = ["inspect", SHIPPED, *PART, "--data", Path(SHIPPED) / "heldout.txt"]
+    page = tmp_path / "page.html"
+    result = invoke(*given, "--json", "--html", page)
+    assert result.exit_code == 0, result.stderr
+    (region,) = json.loads(result.stdout)["regions"]
+    assert region["name"] == "transformer.h.0.attn heads 0"
+    assert region["tokens"] == 3
+    assert 0 < region["result_errors"][0] < 0.5
+    assert result.stderr.splitlines()[-1] == f"wrote {page}"
+    assert page.read_text().startswith("<!doctype html>")
+    nowhere = tmp_path / "nowhere" / "page.html"
+    assert refused(*given, "--html", nowhere) == (
+        f"error: --html {nowhere}: there is no directory {nowhere.parent}."
+    )

@@ -76,6 +76,10 @@ class EncryptedModule(StandIn):
         """Itself: it has one circuit."""
         return (self,)
 
+    def part_for(self, args: Sequence[Any], kwargs: dict[str, Any]) -> EncryptedModule:
+        """Return itself."""
+        return self
+
     @property
     def mode(self) -> str:
         """One of `disable`, `clear`, `simulate`, `execute`, `remote`."""
@@ -116,10 +120,7 @@ class EncryptedModule(StandIn):
         n_samples = self._n_samples(inputs)
         rows = self._rows(inputs)
         result_axes = self._result_axes(rows)
-        samples = [
-            [self._sample(x, shape, i, rows, k) for k, (x, shape) in enumerate(self._fit(inputs))]
-            for i in range(n_samples)
-        ]
+        samples = self._samples(inputs, n_samples, rows)
         self._check_others(leaves, args, kwargs, samples, rows, result_axes)
         found = self.region.run_many(samples, self._mode)
         runs = [self._cut(results, rows, result_axes) for results in found]
@@ -241,6 +242,26 @@ class EncryptedModule(StandIn):
             )
         ((given, compiled),) = (f for f in found if f is not None)
         return _Rows(given, compiled, tuple(axes))
+
+    def samples_of(self, *args: Any, **kwargs: Any) -> list[list[Tensor]]:
+        """Return what the region receives in a call: one list of inputs for each sample.
+
+        Raises:
+            InputError: if the call does not fit what was compiled.
+        """
+        leaves = keyed_leaves(args, kwargs)
+        inputs = [self._input(name, leaves) for name in self.signature.encrypted]
+        rows = self._rows(inputs)
+        self._result_axes(rows)  # refuses what cannot be padded
+        return self._samples(inputs, self._n_samples(inputs), rows)
+
+    def _samples(
+        self, inputs: Sequence[Tensor], n_samples: int, rows: _Rows | None
+    ) -> list[list[Tensor]]:
+        return [
+            [self._sample(x, shape, i, rows, k) for k, (x, shape) in enumerate(self._fit(inputs))]
+            for i in range(n_samples)
+        ]
 
     @staticmethod
     def _sample(

@@ -18,6 +18,7 @@ from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.partition import ENCRYPTED
 from fhe_fx.runtime.causality import causal_axes
 from fhe_fx.runtime.codec import Codec
+from fhe_fx.runtime.ranges import RangeWatch
 
 if TYPE_CHECKING:
     from fhe_fx.backends.concrete import ConcreteCircuit
@@ -59,6 +60,8 @@ class Region:
     """The region whose keys its circuit uses too, where their parameters allow it."""
     remote: Remote | None = None
     """Who runs it in mode "remote"; `fhe_fx.connect` says so."""
+    watch: RangeWatch | None = None
+    """Counts, in mode "clear", the values that were outside their range, where it is wanted."""
     _circuit: ConcreteCircuit | None = None
     _causal: dict[tuple[int, ...], dict[int, int] | None] = field(default_factory=dict)
 
@@ -120,6 +123,11 @@ class Region:
             return f"Try n_bits={n_bits}: it compiles, with keys of {facts.key_bytes / 1e9:.1f} GB."
         return "No smaller n_bits compiles either. Encrypt a smaller part."
 
+    def watched(self) -> RangeWatch:
+        """Count from now on, in mode "clear", the values that are outside their range."""
+        self.watch = RangeWatch(self.program)
+        return self.watch
+
     def causal(self, row_axes: Sequence[int]) -> dict[int, int] | None:
         """Return the row axis of each result if the region is causal, as proved on its graph.
 
@@ -161,6 +169,8 @@ class Region:
 
     def run_circuits(self, samples: Sequence[Sequence[Tensor]], mode: str) -> list[list[Tensor]]:
         """Do the same for several samples."""
+        if mode == "clear" and self.watch is not None:
+            return self.watch.run(samples)
         codec = Codec.of(self.program)
         encoded = [codec.encode(inputs) for inputs in samples]
         if mode == "clear":

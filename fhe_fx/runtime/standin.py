@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -40,6 +41,10 @@ class StandIn(nn.Module):
     @property
     def parts(self) -> tuple[EncryptedModule, ...]:
         """The compiled parts that it chooses from, one circuit each."""
+        raise NotImplementedError
+
+    def part_for(self, args: Sequence[Any], kwargs: dict[str, Any]) -> EncryptedModule:
+        """Return the part that runs a call."""
         raise NotImplementedError
 
     @property
