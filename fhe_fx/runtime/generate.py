@@ -115,7 +115,7 @@ class Plan:
 
     def __str__(self) -> str:
         runs = sorted(Counter(n for n in self.circuits if n is not None).items())
-        text = f"{len(self.rows)} new tokens"
+        text = f"{len(self.rows)} new token{'' if len(self.rows) == 1 else 's'}"
         if runs:
             listed = [f"{k} {'run' if k == 1 else 'runs'} of {n} tokens" for n, k in runs]
             text += f": {', '.join(listed)}"
