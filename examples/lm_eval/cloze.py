@@ -4,8 +4,8 @@
     python examples/lm_eval/cloze.py --n-bits 4 2
 
 The harness drives the encrypted model as any other of transformers, through its own HFLM: what
-`encrypt_submodule` returns is a model of the same class. Mode "clear" computes what encryption would
-without its noise, and takes a batch at once.
+`encrypt_submodule` returns is a model of the same class. Mode "clear" computes what encryption
+would without its noise, and takes a batch at once.
 
 The task is made here, of the held-out sentences beside the small GPT-2, and needs no network:
 which of four endings belongs to the beginning of a sentence? The wrong ones are endings of other
