@@ -16,11 +16,11 @@ __all__ = ["page"]
 
 _COLOURS = ("#fff7ec", "#fee8c8", "#fdd49e", "#fdbb84", "#fc8d59", "#ef6548", "#d7301f", "#990000")
 """ColorBrewer's sequential OrRd: its lightness tells the order without its hue."""
-_LIGHT_TEXT_FROM = 5
+_LIGHT_TEXT_FROM = 6
 _ERRORS = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _COSTS = (0.001, 0.01, 0.03, 0.06, 0.1, 0.2, 0.4)
 """Where one colour ends and the next begins."""
-_WIDTH, _HEIGHT, _ACROSS, _DOWN, _EDGE = 196, 46, 14, 30, 12
+_WIDTH, _HEIGHT, _ACROSS, _DOWN, _EDGE = 204, 46, 14, 30, 12
 """Boxes, the space between them, and the border, in pixels."""
 
 
