@@ -48,7 +48,8 @@ def inspect(
     Args:
         model: returned by `encrypt_submodule`; its modes are left as they are.
         inputs: one model input, or an iterable of them: a tensor, a tuple of tensors or a mapping.
-            Other ones than calibration saw, or the figures flatter.
+            Other ones than calibration saw, or the figures flatter. Best as long as the circuit:
+            the rows with which a shorter one is padded are compared, too.
         threshold: relative error from which a node is pointed out.
         on_progress: is told what is being done.
 

@@ -52,8 +52,8 @@ def attention() -> Any:
 def test_every_node_has_the_float_value_that_it_stands_for(model: Any) -> None:
     """At eight bits each integer means its float value within a tenth of its size.
 
-    Roundings are a few thousandths and add up; with the value of another node it would be off by about
-    its whole size.
+    Roundings are a few thousandths and add up; with the value of another node it would be off by
+    about its whole size.
     """
     path = "h.0.attn" if hasattr(model, "h") else "layers.0.self_attn"
     calls = [{"input_ids": ids} for ids in token_inputs(16, 2)]
