@@ -23,7 +23,7 @@ from fhe_fx.backends.base import Integers
 from fhe_fx.errors import InputError, RemoteError, TargetError
 from fhe_fx.export.bundle import ClientBundle, load_client_bundle
 from fhe_fx.runtime.codec import Codec
-from fhe_fx.runtime.module import EncryptedModule
+from fhe_fx.runtime.standin import stand_ins
 from fhe_fx.serving.keys import StoredKeys, keys_directory, stored_keys
 from fhe_fx.serving.wire import ResultEncoding, kept_bits, pack_inputs, unpack_results
 
@@ -112,7 +112,7 @@ class Connection:
             TargetError: if the model has no part of that name.
             RemoteError: if a part encodes its inputs or results otherwise than the export.
         """
-        parts = [m.region for m in model.modules() if isinstance(m, EncryptedModule)]
+        parts = [part.region for stand_in in stand_ins(model) for part in stand_in.parts]
         for circuit in self.circuits:
             named = [r for r in parts if r.program.name == circuit.name]
             if not named:
@@ -121,13 +121,15 @@ class Connection:
                     f"The bundle is of {circuit.name!r}; the encrypted parts of "
                     f"{type(model).__name__} are: {known}."
                 )
-            for region in named:
-                if Codec.of(region.program).to_entries() != circuit.codec.to_entries():
-                    raise RemoteError(
-                        f"{circuit.name}: the model encodes its inputs or results otherwise than "
-                        f"the bundle that was exported. Encrypt it with the options, weights and "
-                        f"calibration of the export, or export it again."
-                    )
+            entries = circuit.codec.to_entries()
+            same = [r for r in named if Codec.of(r.program).to_entries() == entries]
+            if not same:
+                raise RemoteError(
+                    f"{circuit.name}: the model encodes its inputs or results otherwise than "
+                    f"the bundle that was exported. Encrypt it with the options, weights and "
+                    f"calibration of the export, or export it again."
+                )
+            for region in same:
                 region.remote = circuit
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:

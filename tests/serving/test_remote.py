@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -19,8 +20,9 @@ import torch
 
 import fhe_fx
 from fhe_fx.api import encrypted_modules
-from fhe_fx.errors import ArtifactError, RemoteError, TargetError
+from fhe_fx.errors import ArtifactError, OptionsError, RemoteError, TargetError
 from fhe_fx.export import export_region
+from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.region import Region
 from fhe_fx.serving import client as client_module
 from fhe_fx.serving.keys import StoredKeys, keygen
@@ -251,3 +253,20 @@ def test_a_run_that_is_late_is_cancelled(server: Server, exported: Path, alice: 
     connection.close()
     with server.http() as http:
         assert "fhe_fx_runs_active 0.0" in http.get("/metrics").text
+
+
+def test_a_bundle_serves_the_length_that_it_was_made_of() -> None:
+    """Of a ladder, only the circuit whose encodings are the bundle's runs on the server."""
+    model = fhe_fx.encrypt_submodule(
+        tiny_gpt2(), "h.0.attn", heads=[0], max_tokens=(2, 4), options=FEW
+    )
+    two, four = (part.region for part in encrypted_modules(model))
+    http, _ = scripted(httpx.Response(500))
+    bundle = SimpleNamespace(name=two.program.name, codec=Codec.of(two.program))
+    client_module.Connection(http, [bundle]).attach(model)  # type: ignore[list-item]
+    assert (two.remote, four.remote) == (bundle, None)
+    with pytest.raises(OptionsError, match="has no server"):
+        fhe_fx.set_mode(model, "remote")
+    other = SimpleNamespace(name=two.program.name, codec=Codec.of(make_region().program))
+    with pytest.raises(RemoteError, match="the model encodes its inputs or results otherwise"):
+        client_module.Connection(http, [other]).attach(model)  # type: ignore[list-item]
