@@ -535,16 +535,16 @@ def keygen(
     passphrase_file: PassphraseFile = None,
 ) -> None:
     """Make a client's keys: secret keys that only you can read, evaluation keys for the server."""
-    from fhe_fx.serving.keys import keygen as make
+    from fhe_fx.serving.keys import make_keys
 
     passphrase = _passphrase(passphrase_file)
     with _progress("making keys") as show:
-        made = _interruptibly(lambda: make(client, keys, passphrase, show))
+        all_made = _interruptibly(lambda: make_keys(client, keys, passphrase, show))
     how = "encrypted under the passphrase" if passphrase else "readable by you alone"
-    _print(f"{made.secret}: secret keys, {how}; never give them away")
-    _print(
-        f"{made.evaluation}: {_size(made.evaluation.stat().st_size)} for the server, id {made.id}"
-    )
+    for made in all_made:
+        size = _size(made.evaluation.stat().st_size)
+        _print(f"{made.secret}: secret keys, {how}; never give them away")
+        _print(f"{made.evaluation}: {size} for the server, id {made.id}")
 
 
 def _passphrase(file: Path | None) -> str | None:
