@@ -135,12 +135,15 @@ def test_run_refuses(exported: tuple[Path, dict[str, Any]], x: Path, tmp_path: P
         f"error: There is no directory {tmp_path}/none."
     )
     assert refused("run", out, "--mode", "simulat", "--input", x) == (
-        "error: --mode 'simulat' is not one of clear, simulate, execute. Did you mean 'simulate'?"
+        "error: --mode 'simulat' is not one of clear, simulate, execute, remote. "
+        "Did you mean 'simulate'?"
     )
     assert refused("run", out, "--input", tmp_path / "x") == (
         f"error: There is no input file {tmp_path}/x."
     )
-    assert "--keys is for --mode execute" in refused("run", out, "--input", x, "--keys", "k")
+    assert "--keys is for --mode execute or remote" in refused(
+        "run", out, "--input", x, "--keys", "k"
+    )
     np.save(tmp_path / "bad.npy", np.zeros(3))
     assert "Input 0 has shape [3]" in refused("run", out, "--input", tmp_path / "bad.npy")
     assert "there is no directory none." in refused("run", out, "--input", x, "--output", "none/y")

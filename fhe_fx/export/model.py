@@ -113,7 +113,8 @@ def save(
                 (own / name).write_bytes(content)
         on_stage("writing the client's model")
         _write_client(model, remainder, tokenizer, client)
-        card = model_card(type(model).__name__, manifests, accuracy or {}, origin, _loading(model))
+        name = type(model).__name__
+        card = model_card(name, manifests, accuracy or {}, Path(origin).name, _loading(model))
         (client / "README.md").write_text(card, encoding="utf-8")
         write_manifest(client, _client_manifest(model, parts, client))
         manifest = manifests[0] if len(parts) == 1 else _model_manifest(model, parts, manifests)
