@@ -50,13 +50,12 @@ class Language:
     prompt: Tensor
 
 
-def decided(model: Any, n_draws: int = 4) -> Tensor:
-    """Return the prompt whose next token wins by most: noise cannot turn it.
+def decided(model: Any, prompts: Tensor, n_draws: int = 4) -> Tensor:
+    """Return the prompt whose next token wins by most, so that noise cannot turn it.
 
     The margin must be four times what the noise of encryption, simulated, moved any logit by.
     """
     fhe_fx.set_mode(model, "clear")
-    prompts = torch.cat([s[:, :2] for s in shipped_sentences()[:64]])
     with torch.no_grad():
         best = model(prompts).logits[:, -1].topk(2).values
         margins = best[:, 0] - best[:, 1]
@@ -79,7 +78,8 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Language:
     directory = tmp_path_factory.mktemp("language") / "out"
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     model.save_pretrained(directory, tokenizer=tokenizer, validate=False)
-    return Language(model, directory, decided(model))
+    prompts = torch.cat([s[:, :2] for s in shipped_sentences()[:64]])
+    return Language(model, directory, decided(model, prompts))
 
 
 @pytest.fixture(scope="module")
