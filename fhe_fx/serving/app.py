@@ -237,6 +237,7 @@ def _add_observation(app: FastAPI, server: _Server) -> None:
         server.metrics.requests.labels(method, route, str(status)).inc()
         _log("request", method=method, route=route, status=status,
              bytes=request.headers.get("content-length", "0")[:20],
+             sent=response.headers.get("content-length", "0"),
              seconds=round(time.monotonic() - start, 4))  # fmt: skip
         return response
 
