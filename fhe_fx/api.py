@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import inspect
 import sys
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fhe_fx.capture import capture, resolve_targets
 from fhe_fx.errors import CalibrationError, CaptureError, FheFxError, TargetError
-from fhe_fx.export.model import save
+from fhe_fx.export.model import save_for_two
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import ENTER, LEAVE
 from fhe_fx.ir.program import Program
@@ -127,7 +126,7 @@ def encrypt_submodule(
         original = copied.get_submodule(path)
         stand_ins[original] = EncryptedModule(original, region, signature)
     _put(copied, stand_ins)
-    _save_for_two(copied)
+    save_for_two(copied)
     return copied
 
 
@@ -351,15 +350,6 @@ def _put(model: nn.Module, stand_ins: Mapping[nn.Module, EncryptedModule]) -> No
         for name, child in list(parent._modules.items()):
             if child is not None and child in stand_ins:
                 parent._modules[name] = stand_ins[child]
-
-
-def _save_for_two(model: nn.Module) -> None:
-    """Let `model.save_pretrained(DIR)` write client and server apart, as `fhe_fx.save` does.
-
-    What transformers would write is the float model, encrypted weights and all, in one directory.
-    """
-    if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = types.MethodType(save, model)
 
 
 def _check_weights(model: nn.Module, paths: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from fhe_fx.export.stand_in import client_tensors, stand_in_files
 from fhe_fx.runtime.client import ClientModule
 from fhe_fx.runtime.module import EncryptedModule
 
-__all__ = ["WEIGHTS", "is_pretrained", "save"]
+__all__ = ["WEIGHTS", "is_pretrained", "save", "save_for_two"]
 
 WEIGHTS = "model.safetensors"
 _TELLING = 8
@@ -121,6 +122,16 @@ def save(
         manifest["files"] = file_entries(partial)
         write_manifest(partial, manifest)
     return manifest
+
+
+def save_for_two(model: nn.Module) -> None:
+    """Let `model.save_pretrained(DIR)` write client and server apart, as `save` does.
+
+    What transformers would write of a model with encrypted parts is the float model, their weights
+    and all, in one directory.
+    """
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = types.MethodType(save, model)
 
 
 def is_pretrained(model: object) -> bool:

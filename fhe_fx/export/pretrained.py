@@ -13,7 +13,7 @@ from torch import nn
 from fhe_fx.errors import ArtifactError
 from fhe_fx.export.bundle import CIRCUITS, load_client_bundle
 from fhe_fx.export.manifest import CLIENT_MODEL_FORMAT, MANIFEST, check_files, read_manifest
-from fhe_fx.export.model import WEIGHTS, is_pretrained
+from fhe_fx.export.model import WEIGHTS, is_pretrained, save_for_two
 from fhe_fx.export.quiet import quiet_transformers
 from fhe_fx.export.stand_in import STAND_IN_FILES, client_module
 
@@ -54,6 +54,7 @@ def load_client_model(directory: str | Path, model: nn.Module | type | None = No
         for path in part["paths"]:
             parent, _, name = path.rpartition(".")
             _submodule(loaded, parent)._modules[name] = stand_in
+    save_for_two(loaded)  # which refuses: half of it is elsewhere
     return loaded.eval()
 
 

@@ -351,7 +351,8 @@ def test_without_a_server_it_says_where_the_weights_are(gpt2: Saved) -> None:
     with pytest.raises(ArtifactError, match="the circuit and its weights are with the server"):
         fhe_fx.compile(loaded)
     with pytest.raises(ArtifactError, match="Copy that directory instead"):
-        save(loaded, gpt2.directory.parent / "again")
+        loaded.save_pretrained(gpt2.directory.parent / "again")
+    assert not (gpt2.directory.parent / "again").exists()
     assert "weights with the server" in str(loaded)
 
 
@@ -393,6 +394,12 @@ def test_a_weight_that_the_client_has_too_is_refused(tmp_path: Path, is_copy: bo
         "two, or encrypt another part."
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_saves_itself(gpt2: Saved) -> None:
+    for model in (gpt2.model, load_client_model(gpt2.client)):
+        twin = copy.deepcopy(model)
+        assert twin.save_pretrained.__self__ is twin
 
 
 def test_models_without_two_sides_are_refused(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="holds before.onnx, after.onnx")
     parser.add_argument("--server", required=True)
     parser.add_argument("--token", default="", help="bearer token")
-    parser.add_argument("--keys", type=Path, default=Path("onnx_client.keys"))
+    parser.add_argument("--keys", type=Path, default=Path("remote_onnx.keys"))
     parser.add_argument("--prompt", required=True, help="token numbers")
     parser.add_argument("--new-tokens", type=int, default=1)
     choices = parser.parse_args()
