@@ -130,8 +130,8 @@ def load_client_bundles(directory: str | Path) -> dict[Path, ClientBundle]:
         return {directory: load_client_bundle(directory)}
     manifest = read_manifest(directory, format=CLIENT_MODEL_FORMAT)
     check_files(directory, manifest)
-    folders = [directory / CIRCUITS / str(part["directory"]) for part in manifest["parts"]]
-    return {folder: load_client_bundle(folder) for folder in folders}
+    names = [str(name) for part in manifest["parts"] for name in part["circuits"]]
+    return {directory / CIRCUITS / n: load_client_bundle(directory / CIRCUITS / n) for n in names}
 
 
 def load_server_bundle(directory: str | Path) -> ServerBundle:

@@ -47,12 +47,16 @@ _TELLING = 8
 class _Part:
     """One encrypted part, and where the model holds it."""
 
-    module: EncryptedModule
+    circuits: tuple[EncryptedModule, ...]
+    """What stands there, for each of its circuits."""
     paths: tuple[str, ...]
 
-    @property
-    def directory(self) -> str:
-        return re.sub(r"[^A-Za-z0-9_.]+", "-", self.module.region.circuit_name)
+    def directories(self) -> dict[str, EncryptedModule]:
+        """Return a name of its own for the directory of each circuit."""
+        name = re.sub(r"[^A-Za-z0-9_.]+", "-", self.circuits[0].region.circuit_name)
+        if len(self.circuits) == 1:
+            return {name: self.circuits[0]}
+        return {f"{name}-{k}": circuit for k, circuit in enumerate(self.circuits)}
 
 
 def save(
@@ -96,29 +100,32 @@ def save(
     parts = _parts(model)
     remainder = _remainder(model, parts)
     _refuse_telling(parts, remainder)
+    circuits = {name: c for part in parts for name, c in part.directories().items()}
     with new_directory(directory, FILES) as partial:
-        client = partial / "client"
-        manifests = []
-        for part in parts:
-            on_stage(f"writing {part.module.region.circuit_name}")
-            own = client / CIRCUITS / part.directory
-            home = partial if len(parts) == 1 else partial / CIRCUITS / part.directory
+        client, manifests = partial / "client", {}
+        for name, circuit in circuits.items():
+            own = client / CIRCUITS / name
+            home = partial if len(circuits) == 1 else partial / CIRCUITS / name
             home.mkdir(parents=True, exist_ok=True)
-            handed = {"client": own, "server": partial / "server" / part.directory}
-            manifests.append(
-                write_region(
-                    part.module.region, home, handed, validate, origin=origin, on_stage=on_stage
-                )
+            handed = {"client": own, "server": partial / "server" / name}
+            manifests[name] = write_region(
+                circuit.region, home, handed, validate, origin=origin, on_stage=on_stage
             )
-            for name, content in stand_in_files(part.module).items():
-                (own / name).write_bytes(content)
+            for file, content in stand_in_files(circuit).items():
+                (own / file).write_bytes(content)
         on_stage("writing the client's model")
         _write_client(model, remainder, tokenizer, client)
-        name = type(model).__name__
-        card = model_card(name, manifests, accuracy or {}, Path(origin).name, _loading(model))
+        card = model_card(
+            type(model).__name__,
+            list(manifests.values()),
+            accuracy or {},
+            Path(origin).name,
+            _loading(model),
+        )
         (client / "README.md").write_text(card, encoding="utf-8")
         write_manifest(client, _client_manifest(model, parts, client))
-        manifest = manifests[0] if len(parts) == 1 else _model_manifest(model, parts, manifests)
+        is_one = len(manifests) == 1
+        manifest = manifests.popitem()[1] if is_one else _model_manifest(model, manifests)
         manifest["files"] = file_entries(partial)
         write_manifest(partial, manifest)
     return manifest
@@ -157,7 +164,7 @@ def _parts(model: nn.Module) -> list[_Part]:
         )
     if "" in next(iter(found.values())):
         raise ArtifactError("The whole model is encrypted, so there is no client's part to write.")
-    return [_Part(module, tuple(paths)) for module, paths in found.items()]
+    return [_Part((module,), tuple(paths)) for module, paths in found.items()]
 
 
 def _is_inside(name: str, parts: Sequence[_Part]) -> bool:
@@ -177,12 +184,12 @@ def _refuse_telling(parts: Sequence[_Part], remainder: Mapping[str, Tensor]) -> 
     """Refuse to give a client what is, or equals, a weight of an encrypted part."""
     memory = {_place(value): name for name, value in remainder.items() if value.numel()}
     content = {_content(value): name for name, value in remainder.items()}
-    for part in parts:
-        region, written = part.module.region, client_tensors(part.module)
+    for circuit in (circuit for part in parts for circuit in part.circuits):
+        region, written = circuit.region, client_tensors(circuit)
         # Of a part of which some heads are encrypted, the client holds the others' weights.
         is_whole = region.circuit_name == region.name
         told = {_content(v): k for k, v in written.items()} if is_whole else {}
-        for name, weight in part.module.original.state_dict().items():
+        for name, weight in circuit.original.state_dict().items():
             if not isinstance(weight, Tensor) or weight.numel() == 0:
                 continue
             key = _content(weight)
@@ -242,23 +249,21 @@ def _client_manifest(model: nn.Module, parts: Sequence[_Part], client: Path) -> 
         "class": type(model).__name__,
         "is_pretrained": is_pretrained(model),
         "attention": getattr(config, "_attn_implementation", None),
-        "parts": [{"paths": list(p.paths), "directory": p.directory} for p in parts],
+        "parts": [{"paths": list(p.paths), "circuits": list(p.directories())} for p in parts],
         "files": file_entries(client),
     }
 
 
-def _model_manifest(
-    model: nn.Module, parts: Sequence[_Part], manifests: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def _model_manifest(model: nn.Module, manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "format": MODEL_FORMAT,
         "schema": SCHEMA,
         "versions": versions(),
         "class": type(model).__name__,
-        "origin": manifests[0]["origin"],
-        "parts": [
-            {"name": m["name"], "directory": f"{CIRCUITS}/{p.directory}"}
-            for p, m in zip(parts, manifests, strict=True)
+        "origin": next(iter(manifests.values()))["origin"],
+        "circuits": [
+            {"name": manifest["name"], "directory": f"{CIRCUITS}/{name}"}
+            for name, manifest in manifests.items()
         ],
         "files": {},
     }

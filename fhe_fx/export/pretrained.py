@@ -16,6 +16,7 @@ from fhe_fx.export.manifest import CLIENT_MODEL_FORMAT, MANIFEST, check_files, r
 from fhe_fx.export.model import WEIGHTS, is_pretrained, save_for_two
 from fhe_fx.export.quiet import quiet_transformers
 from fhe_fx.export.stand_in import STAND_IN_FILES, client_module
+from fhe_fx.runtime.client import ClientModule
 
 __all__ = ["client_directory", "load_client_model"]
 
@@ -47,15 +48,19 @@ def load_client_model(directory: str | Path, model: nn.Module | type | None = No
             f"the architecture that was saved, a {manifest['class']}."
         )
     for part in manifest["parts"]:
-        folder = directory / CIRCUITS / part["directory"]
-        files = {name: (folder / name).read_bytes() for name in STAND_IN_FILES}
-        skeleton = _submodule(loaded, part["paths"][0])
-        stand_in = client_module(skeleton, files, load_client_bundle(folder).codec)
+        stand_in = _stand_in(directory, part, _submodule(loaded, part["paths"][0]))
         for path in part["paths"]:
             parent, _, name = path.rpartition(".")
             _submodule(loaded, parent)._modules[name] = stand_in
     save_for_two(loaded)  # which refuses: half of it is elsewhere
     return loaded.eval()
+
+
+def _stand_in(directory: Path, part: dict[str, Any], skeleton: nn.Module) -> ClientModule:
+    (name,) = part["circuits"]
+    folder = directory / CIRCUITS / str(name)
+    files = {file: (folder / file).read_bytes() for file in STAND_IN_FILES}
+    return client_module(skeleton, files, load_client_bundle(folder).codec)
 
 
 def client_directory(directory: str | Path) -> Path:

@@ -80,7 +80,9 @@ def _causal(module: EncryptedModule) -> list[dict[str, Any]]:
     return [] if found is None else [{"axes": axes, "results": sorted(found.items())}]
 
 
-def client_module(skeleton: torch.nn.Module, files: Mapping[str, bytes], codec: Codec) -> Any:
+def client_module(
+    skeleton: torch.nn.Module, files: Mapping[str, bytes], codec: Codec
+) -> ClientModule:
     """Build what stands in a client's model.
 
     Args:

@@ -275,8 +275,8 @@ def test_one_part_is_an_artefact_that_runs_alone(gpt2: Saved) -> None:
 
 def test_of_several_parts_each_is_an_artefact_that_runs_alone(net: Saved) -> None:
     manifest = read_manifest(net.directory, format="fhe_fx model")
-    assert [part["name"] for part in manifest["parts"]] == ["body.0", "body.2"]
-    for part, module in zip(manifest["parts"], encrypted_modules(net.model), strict=True):
+    assert [part["name"] for part in manifest["circuits"]] == ["body.0", "body.2"]
+    for part, module in zip(manifest["circuits"], encrypted_modules(net.model), strict=True):
         sample = module.region.captured.samples[0]
         with load_artifact(net.directory / part["directory"]) as artifact:
             clear = module.region.run_circuit(sample, "clear")[0]
@@ -331,7 +331,7 @@ def test_rotary_embeddings_and_other_structures(tmp_path: Path) -> None:
 
 
 def test_without_a_server_it_says_where_the_weights_are(gpt2: Saved) -> None:
-    loaded = load_client_model(gpt2.directory)  # the directory that holds client/ will do
+    loaded: Any = load_client_model(gpt2.directory)  # the directory that holds client/ will do
     prompt = torch.tensor([[1, 2]])
     with pytest.raises(InputError) as caught:
         loaded(prompt)
@@ -398,7 +398,7 @@ def test_a_weight_that_the_client_has_too_is_refused(tmp_path: Path, is_copy: bo
 
 def test_a_copy_saves_itself(gpt2: Saved) -> None:
     for model in (gpt2.model, load_client_model(gpt2.client)):
-        twin = copy.deepcopy(model)
+        twin: Any = copy.deepcopy(model)
         assert twin.save_pretrained.__self__ is twin
 
 
