@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from fhe_fx import passes
-from fhe_fx.api import compile, encrypt_submodule, report, set_mode
+from fhe_fx.api import compile, encrypt_submodule, generate, report, set_mode
 from fhe_fx.errors import FheFxError
 from fhe_fx.export import save
+from fhe_fx.inspection import inspect
 from fhe_fx.options import Options
 from fhe_fx.passes import register_lowering
 
@@ -22,6 +23,8 @@ __all__ = [
     "connect",
     "encrypt_submodule",
     "from_pretrained",
+    "generate",
+    "inspect",
     "passes",
     "register_lowering",
     "report",

@@ -26,15 +26,19 @@ from fhe_fx.passes.normalize import Normalize
 from fhe_fx.passes.partition import ENCRYPTED
 from fhe_fx.quant.calibration import Call, as_call, check_calibration, sample_from_model
 from fhe_fx.report import Report, report_on
+from fhe_fx.runtime.generate import generate
+from fhe_fx.runtime.ladder import Ladder
 from fhe_fx.runtime.lower import lower_region
 from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
 from fhe_fx.runtime.region import Region
+from fhe_fx.runtime.standin import StandIn, stand_ins
 
 __all__ = [
     "build_region",
     "compile",
     "encrypt_submodule",
     "encrypted_modules",
+    "generate",
     "report",
     "set_mode",
 ]
@@ -57,7 +61,7 @@ def encrypt_submodule(
     target: str | Sequence[str],
     *,
     n_bits: int = _DEFAULT_BITS,
-    max_tokens: int | None = None,
+    max_tokens: int | Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     calibration: Iterable[Any] | None = None,
     example: Any = None,
@@ -74,7 +78,9 @@ def encrypt_submodule(
         target: dotted path of a submodule, a unique suffix, a glob, `"re:..."`, or a list of these.
         n_bits: precision of a quantized activation, 4 unless the options say otherwise.
         max_tokens: rows that the circuit takes; shorter prompts are padded where the region is
-            causal. By default the usual length of the calibration inputs, or 8.
+            causal. By default the usual length of the calibration inputs, or 8. Several lengths,
+            as in (4, 8, 16), make a circuit each, with keys in common; a call takes the shortest
+            that it fits.
         heads: encrypt these heads of an attention only, with their q, k and v projections.
         calibration: model inputs, each a tensor, a tuple of tensors or a mapping of keyword
             arguments. Without them a language model writes its own.
@@ -117,17 +123,37 @@ def encrypt_submodule(
     copied = copy.deepcopy(model).eval()
     _without_cache(copied)
     with _in_float(copied):
-        calls, first = _calibration_calls(copied, calibration, example, max_tokens, options)
-        whole = capture(copied, first.args, first.kwargs, paths)
-        recorded = _record(copied, paths, [first, *calls])
-    stand_ins = {}
-    for path in paths:
-        region, signature = build_region(whole, path, recorded[path], heads, pipeline, options)
+        lengths = _calibration_calls(copied, calibration, example, max_tokens, options)
+        made = [
+            _lower(copied, paths, calls, first, heads, pipeline, options)
+            for calls, first in lengths
+        ]
+    found: dict[nn.Module, StandIn] = {}
+    for path, *rungs in zip(paths, *made, strict=True):
         original = copied.get_submodule(path)
-        stand_ins[original] = EncryptedModule(original, region, signature)
-    _put(copied, stand_ins)
+        parts = [EncryptedModule(original, region, signature) for region, signature in rungs]
+        found[original] = parts[0] if len(parts) == 1 else Ladder(original, parts)
+    _put(copied, found)
     save_for_two(copied)
     return copied
+
+
+def _lower(
+    model: nn.Module,
+    paths: Sequence[str],
+    calls: Sequence[Call],
+    first: Call,
+    heads: Sequence[int] | None,
+    pipeline: Pipeline,
+    options: Options,
+) -> list[tuple[Region, Signature]]:
+    """Capture a model at the length of its example, and lower each target."""
+    whole = capture(model, first.args, first.kwargs, paths)
+    recorded = _record(model, paths, [first, *calls])
+    made = [build_region(whole, p, recorded[p], heads, pipeline, options) for p in paths]
+    for region, _ in made:
+        region.tokens = _length(first)
+    return made
 
 
 def compile(model: nn.Module, *, verbose: bool = True) -> Report:
@@ -140,11 +166,11 @@ def compile(model: nn.Module, *, verbose: bool = True) -> Report:
     Raises:
         BitWidthError: if no parameters exist for a circuit; says what would compile.
     """
-    for module in encrypted_modules(model):
+    modules = encrypted_modules(model)
+    for number, module in enumerate(modules):
         module.region.circuit()
         if verbose:
-            line = report_on([(module.region.program, module.region.facts)]).regions[0].line()
-            sys.stderr.write(line + "\n")
+            sys.stderr.write(report(model).regions[number].line() + "\n")
     return report(model)
 
 
@@ -155,8 +181,9 @@ def set_mode(model: nn.Module, mode: str) -> None:
         OptionsError: if there is no such mode, or no server for `remote`.
         TargetError: if the model has no encrypted part.
     """
-    for module in encrypted_modules(model):
-        module.mode = mode
+    encrypted_modules(model)
+    for stand_in in stand_ins(model):
+        stand_in.mode = mode
 
 
 def report(model: nn.Module) -> Report:
@@ -165,16 +192,21 @@ def report(model: nn.Module) -> Report:
     Raises:
         TargetError: if the model has no encrypted part.
     """
-    return report_on([(m.region.program, m.region.facts) for m in encrypted_modules(model)])
+    parts = [(part, len(s.parts) > 1) for s in stand_ins(model) for part in s.parts]
+    encrypted_modules(model)
+    return report_on(
+        [(part.region.program, part.region.facts) for part, _ in parts],
+        [part.region.tokens if has_others else None for part, has_others in parts],
+    )
 
 
 def encrypted_modules(model: nn.Module) -> list[EncryptedModule]:
-    """List the encrypted parts of a model, in its order.
+    """List the encrypted parts of a model, in its order; of each length, the shortest first.
 
     Raises:
         TargetError: if there is none.
     """
-    found = [m for m in model.modules() if isinstance(m, EncryptedModule)]
+    found = [part for stand_in in stand_ins(model) for part in stand_in.parts]
     if not found:
         raise TargetError(
             f"{type(model).__name__} has no encrypted part. Use the model that "
@@ -190,26 +222,44 @@ def _calibration_calls(
     model: nn.Module,
     calibration: Iterable[Any] | None,
     example: Any,
-    max_tokens: int | None,
+    max_tokens: int | Sequence[int] | None,
     options: Options,
-) -> tuple[list[Call], Call]:
-    """Return calibration calls of one length, and the example call."""
-    is_number = isinstance(max_tokens, int) and not isinstance(max_tokens, bool)
-    if max_tokens is not None and not (is_number and max_tokens > 0):
-        raise CalibrationError(f"max_tokens={max_tokens!r} is not a positive integer.")
+) -> list[tuple[list[Call], Call]]:
+    """Return calibration calls and an example for each length, from the shortest to the longest."""
+    lengths = _lengths(max_tokens)
     shown = None if example is None else _split_batch(_plain(model, as_call(example)))[0]
-    length = max_tokens or _length(shown) or 0
+    usual = lengths[-1] if lengths else _length(shown) or 0
     if calibration is None:
-        length = length or DEFAULT_TOKENS
-        calls = sample_from_model(model, length, options)
+        usual = usual or DEFAULT_TOKENS
+        calls = sample_from_model(model, usual, options)
     else:
         given = check_calibration(calibration)
         calls = [row for c in given for row in _split_batch(_plain(model, c))]
-        lengths = sorted(n for c in calls if (n := _length(c)) is not None)
-        length = length or (lengths[len(lengths) // 2] if lengths else 0)
+        known = sorted(n for c in calls if (n := _length(c)) is not None)
+        usual = usual or (known[len(known) // 2] if known else 0)
+    return [_calls_of_length(model, calls, shown, n) for n in lengths or [usual]]
+
+
+def _lengths(max_tokens: int | Sequence[int] | None) -> list[int]:
+    """Return the lengths that were asked for, in order; none if that is left open."""
+    if max_tokens is None:
+        return []
+    is_list = isinstance(max_tokens, Sequence) and not isinstance(max_tokens, str)
+    given: list[Any] = list(max_tokens) if is_list else [max_tokens]  # type: ignore[arg-type]
+    is_number = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in given)
+    if not given or not is_number:
+        what = "a list of positive integers" if is_list else "a positive integer"
+        raise CalibrationError(f"max_tokens={max_tokens!r} is not {what}.")
+    return sorted(set(given))
+
+
+def _calls_of_length(
+    model: nn.Module, calls: Sequence[Call], shown: Call | None, length: int
+) -> tuple[list[Call], Call]:
+    """Return the calibration calls of one length, and the example call."""
     if shown is not None and (cut := _cut(shown, length)) is None:
         raise CalibrationError(
-            f"The example has {_length(shown)} tokens, fewer than max_tokens={max_tokens}. "
+            f"The example has {_length(shown)} tokens, fewer than max_tokens={length}. "
             f"Give a longer one, or leave one of the two out."
         )
     shown = shown and cut
@@ -314,7 +364,7 @@ def _without_cache(model: nn.Module) -> None:
 
 
 def _refuse_encrypted(model: nn.Module, paths: Sequence[str]) -> None:
-    known = {name: m for name, m in model.named_modules() if isinstance(m, EncryptedModule)}
+    known = [name for name, m in model.named_modules() if isinstance(m, StandIn)]
     for path in paths:
         for name in known:
             if f"{path}.".startswith(f"{name}.") or name.startswith(f"{path}."):
@@ -332,7 +382,7 @@ def _is_numbers(heads: object) -> bool:
 @contextlib.contextmanager
 def _in_float(model: nn.Module) -> Iterator[None]:
     """Let the parts that are encrypted already compute in float."""
-    modes = {m: m.mode for m in model.modules() if isinstance(m, EncryptedModule)}
+    modes = {stand_in: stand_in.mode for stand_in in stand_ins(model)}
     for module in modes:
         module.mode = "disable"
     try:
@@ -342,14 +392,14 @@ def _in_float(model: nn.Module) -> Iterator[None]:
             module.mode = mode
 
 
-def _put(model: nn.Module, stand_ins: Mapping[nn.Module, EncryptedModule]) -> None:
+def _put(model: nn.Module, found: Mapping[nn.Module, StandIn]) -> None:
     """Put each stand-in wherever the model holds its original, which may be in several places."""
     for parent in list(model.modules()):
-        if parent in stand_ins.values():
+        if parent in found.values():
             continue
         for name, child in list(parent._modules.items()):
-            if child is not None and child in stand_ins:
-                parent._modules[name] = stand_ins[child]
+            if child is not None and child in found:
+                parent._modules[name] = found[child]
 
 
 def _check_weights(model: nn.Module, paths: Sequence[str]) -> None:

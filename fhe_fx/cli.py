@@ -205,14 +205,11 @@ def _lowered(
         The part; the model that it stands in, if that was not an exported program; what was loaded.
     """
     from fhe_fx.export.models import load_calibration, load_model
-    from fhe_fx.options import Options
 
     if submodule is None:
         raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
     chosen = _head_numbers(heads)
-    options = Options(n_bits=n_bits, seed=seed)
-    if p_error is not None:
-        options = Options(n_bits=n_bits, seed=seed, p_error=p_error)
+    options = _options(n_bits, seed, p_error)
     named = load_model(model, seed)
     samples = load_calibration(calibration, named) if calibration is not None else None
     if named.exported is not None:
@@ -553,6 +550,195 @@ def _give(results: list[Tensor], output: list[Path] | None) -> None:
 
 
 @app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    submodule: Submodule = None,
+    n_bits: NBits = 4,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Lengths of circuits, as in 4,8,16; by default as the text needs, to 16."
+        ),
+    ] = None,
+    heads: Heads = None,
+    mode: Annotated[str, typer.Option(help="clear, simulate or execute.")] = "clear",
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to write at most.")] = 5,
+    temperature: Annotated[
+        float, typer.Option(help="Draw tokens; 0 takes the most likely one.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k most likely; 0 from all.")] = 0,
+    outgrown: Annotated[
+        str,
+        typer.Option(help="A text longer than the longest circuit: error, or slide a window."),
+    ] = "error",
+    calibration: Calibration = None,
+    p_error: PError = None,
+    seed: Annotated[int, typer.Option(help="Of draws, random weights, sampled calibration.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Let a model write while a part of it runs on integers, with noise, or encrypted.
+
+    Tokens go to standard output as they come. What will run is said before, with its cost.
+    """
+    import fhe_fx
+    from fhe_fx.api import encrypted_modules
+    from fhe_fx.errors import did_you_mean
+    from fhe_fx.runtime.generate import Sampling, lengths_for, plan_generation, rows_read
+    from fhe_fx.runtime.ranges import range_warnings
+
+    modes = ("clear", "simulate", "execute")
+    if mode not in modes:
+        raise OptionsError(
+            f"--mode {mode!r} is not one of {', '.join(modes)}.{did_you_mean(mode, list(modes))}"
+        )
+    Sampling(temperature, top_k, seed)
+    with _progress("loading the model") as show:
+        named = _language_model(model, seed)
+        tokenizer = named.tokenizer()
+        ids = tokenizer(prompt)["input_ids"]
+        lengths = _lengths(tokens) if tokens else lengths_for(len(ids), max_new_tokens)
+        rows_read(len(ids), max_new_tokens, max(lengths), outgrown)
+        show("lowering the model")
+        encrypted = _encrypted(named, submodule, n_bits, lengths, heads, calibration, p_error, seed)
+        if mode != "clear":
+            show("compiling")
+            fhe_fx.compile(encrypted)
+    fhe_fx.set_mode(encrypted, mode)
+    watches = [part.region.watched() for part in encrypted_modules(encrypted)]
+    plan = plan_generation(encrypted, len(ids), max_new_tokens, outgrown)
+    _say(str(plan) + _time_of(plan.complexity if mode == "execute" else None))
+    stream = fhe_fx.generate(
+        encrypted,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        outgrown=outgrown,
+    )
+    steps = _interruptible_steps(stream) if mode == "execute" else stream
+    written = []
+    text = _Written(tokenizer, ids, is_shown=not as_json)
+    for token in steps:
+        written.append(token)
+        text.add(token.id)
+    text.end()
+    for warning in range_warnings(use for watch in watches for use in watch.uses.values()):
+        _say(f"warning: {warning}")
+    if as_json:
+        _print_json(
+            {
+                "prompt": prompt,
+                "text": text.new,
+                "mode": mode,
+                "tokens": [
+                    {**vars(token), "text": tokenizer.decode([token.id])} for token in written
+                ],
+                "report": fhe_fx.report(encrypted).as_dict(),
+            }
+        )
+
+
+def _language_model(model: str, seed: int) -> NamedModel:
+    from fhe_fx.export.models import ModelError, load_model
+
+    named = load_model(model, seed)
+    if named.module is None:
+        raise ModelError(f"{model} is an exported program; give the model that it was.")
+    return named
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(n) for n in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise OptionsError(f"--tokens {text!r} is not a list of lengths. Write 8, or 4,8,16.")
+    return found
+
+
+def _encrypted(
+    named: NamedModel,
+    submodule: str | None,
+    n_bits: int,
+    lengths: tuple[int, ...],
+    heads: str | None,
+    calibration: Path | None,
+    p_error: float | None,
+    seed: int,
+) -> Any:
+    import fhe_fx
+    from fhe_fx.export.models import load_calibration
+
+    if submodule is None:
+        raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
+    assert named.module is not None
+    return fhe_fx.encrypt_submodule(
+        named.module,
+        submodule,
+        max_tokens=lengths,
+        heads=_head_numbers(heads),
+        calibration=load_calibration(calibration, named) if calibration else None,
+        options=_options(n_bits, seed, p_error),
+    )
+
+
+def _options(n_bits: int, seed: int, p_error: float | None) -> Any:
+    from fhe_fx.options import Options
+
+    if p_error is None:
+        return Options(n_bits=n_bits, seed=seed)
+    return Options(n_bits=n_bits, seed=seed, p_error=p_error)
+
+
+def _time_of(complexity: float | None) -> str:
+    from fhe_fx.report.machine import bootstrap_rate
+
+    return "" if complexity is None else f"; about {complexity / bootstrap_rate()[0]:.0f} s here"
+
+
+def _interruptible_steps(stream: Iterator[T]) -> Iterator[T]:
+    end = object()
+    while (step := _interruptibly(lambda: next(stream, end))) is not end:
+        yield step  # type: ignore[misc]
+
+
+class _Written:
+    """Text as it is written; a character that takes several tokens is shown when it is whole."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int], *, is_shown: bool) -> None:
+        self.tokenizer, self.ids, self.is_shown = tokenizer, list(prompt), is_shown
+        self.start = self.shown = self._decoded()
+        self._show(self.shown)
+
+    def _decoded(self) -> str:
+        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+
+    def _show(self, text: str) -> None:
+        if self.is_shown:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        text = self._decoded()
+        if not text.endswith("\ufffd"):
+            self._show(text[len(self.shown) :])
+            self.shown = text
+
+    def end(self) -> None:
+        text = self._decoded()
+        self._show(text[len(self.shown) :] + "\n")
+        self.shown = text
+
+    @property
+    def new(self) -> str:
+        return self._decoded()[len(self.start) :]
+
+
+@app.command()
 def evaluate(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory of results; what it holds is not redone.")],
@@ -584,19 +770,15 @@ def evaluate(
     from fhe_fx.evaluate import evaluate_submodule, read_texts
     from fhe_fx.evaluate.arguments import parse_bits, parse_modes
     from fhe_fx.evaluate.plot import can_plot, plot_accuracy
-    from fhe_fx.export.models import ModelError, load_calibration, load_model
-    from fhe_fx.options import Options
+    from fhe_fx.export.models import load_calibration
 
     bits, stages, chosen = parse_bits(n_bits), parse_modes(modes), _head_numbers(heads)
     if submodule is None:
         raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
-    options = Options(n_bits=bits[0], seed=seed)
-    if p_error is not None:
-        options = Options(n_bits=bits[0], seed=seed, p_error=p_error)
+    options = _options(bits[0], seed, p_error)
     with _progress("loading the model") as show:
-        named = load_model(model, seed)
-        if named.module is None:
-            raise ModelError(f"{model} is an exported program; evaluate the model that it was.")
+        named = _language_model(model, seed)
+        assert named.module is not None
         resolve_targets(named.module, submodule)
         found = evaluate_submodule(
             named.module,
@@ -628,6 +810,56 @@ def evaluate(
     _say(f"wrote {', '.join(str(f) for f in files)}")
     if not can_plot():
         _say("note: no plot was made; matplotlib is missing: pip install 'fhe_fx[plots]'")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    submodule: Submodule = None,
+    n_bits: NBits = 4,
+    tokens: Annotated[int, typer.Option(help="Rows of the circuit.")] = 8,
+    heads: Heads = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Sentences, one a line; else the model writes its own.")
+    ] = None,
+    sentences: Annotated[int, typer.Option(min=1, help="How many the model writes.")] = 40,
+    threshold: Annotated[
+        float, typer.Option(help="Relative error from which a node is pointed out.")
+    ] = 0.1,
+    html: Annotated[Path | None, typer.Option(help="A page to write, with the graph.")] = None,
+    calibration: Calibration = None,
+    p_error: PError = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show float beside integer at every node: where the error comes from, and the cost."""
+    import fhe_fx
+    from fhe_fx.evaluate.texts import read_texts, sample_texts
+
+    if html is not None and not html.parent.is_dir():
+        raise OptionsError(f"--html {html}: there is no directory {html.parent}.")
+    with _progress("loading the model") as show:
+        named = _language_model(model, seed)
+        assert named.module is not None
+        rows = (
+            list(read_texts(data, named.tokenizer(), tokens).rows)
+            if data
+            else sample_texts(named.module, sentences, tokens, seed + 1, on_progress=show)
+        )
+        show("lowering the model")
+        encrypted = _encrypted(
+            named, submodule, n_bits, (tokens,), heads, calibration, p_error, seed
+        )
+        inputs = [{"input_ids": row[None]} for row in rows]
+        found = fhe_fx.inspect(encrypted, inputs, threshold=threshold, on_progress=show)
+    for warning in found.warnings:
+        _say(f"warning: {warning}")
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        _print(str(found))
+    if html is not None:
+        _say(f"wrote {found.save_html(html)}")
 
 
 @app.command()

@@ -330,3 +330,50 @@ def test_evaluate_refuses_bad_words(tmp_path: Path) -> None:
     assert "There is no file" in evaluate(*PART, "--data", tmp_path / "none.txt")
     assert "has no submodule 'h.9.attn'" in evaluate("--submodule", "h.9.attn")
     assert not (tmp_path / "new").exists()
+
+
+def test_generate_streams_tokens_and_says_before_what_runs() -> None:
+    given = [SHIPPED, "--submodule", "h.0.attn", "--heads", "0", "--prompt", "He had"]
+    result = invoke("generate", *given, "--max-new-tokens", 3)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("He had ")
+    assert result.stderr == "3 new tokens: 3 runs of 4 tokens\n"
+    found = json.loads(invoke("generate", *given, "--max-new-tokens", 3, "--json").stdout)
+    assert result.stdout == f"He had{found['text']}\n"
+    assert [t["rows"] for t in found["tokens"]] == [2, 3, 4]
+    assert found["report"]["regions"][0]["complexity"] is None
+
+
+def test_generate_refuses_before_it_lowers() -> None:
+    given = ["generate", SHIPPED, "--submodule", "h.0.attn", "--prompt", "He had never seen"]
+    assert refused(*given, "--mode", "clean").startswith("error: --mode 'clean' is not one of")
+    assert refused(*given, "--tokens", "4,x") == (
+        "error: --tokens '4,x' is not a list of lengths. Write 8, or 4,8,16."
+    )
+    assert "and 30 new ones make a model read 33 tokens; the longest circuit takes 16. Ask for" in (
+        refused(*given, "--max-new-tokens", 30)
+    )
+    assert refused(*given, "--top-k", 5).startswith("error: top_k=5 has no effect at temperature 0")
+    assert refused("generate", SHIPPED, "--prompt", "He") == (
+        "error: Give the part to encrypt: --submodule h.0.attn"
+    )
+    assert "This model has no tokenizer." in refused(
+        "generate", "random:gpt2,n_layer=1", "--submodule", "h.0.attn", "--prompt", "He"
+    )
+
+
+def test_inspect_prints_data_and_writes_a_page(tmp_path: Path) -> None:
+    given = ["inspect", SHIPPED, *PART, "--data", Path(SHIPPED) / "heldout.txt"]
+    page = tmp_path / "page.html"
+    result = invoke(*given, "--json", "--html", page)
+    assert result.exit_code == 0, result.stderr
+    (region,) = json.loads(result.stdout)["regions"]
+    assert region["name"] == "transformer.h.0.attn heads 0"
+    assert region["tokens"] == 3
+    assert 0 < region["result_errors"][0] < 0.5
+    assert result.stderr.splitlines()[-1] == f"wrote {page}"
+    assert page.read_text().startswith("<!doctype html>")
+    nowhere = tmp_path / "nowhere" / "page.html"
+    assert refused(*given, "--html", nowhere) == (
+        f"error: --html {nowhere}: there is no directory {nowhere.parent}."
+    )

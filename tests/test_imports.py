@@ -30,12 +30,13 @@ RULES: dict[str, set[str]] = {
     # api puts the rooms together: what it makes knows how to be saved.
     "api": COMPILER | {"capture", "passes", "backends", "runtime", "report", "export"},
     "evaluate": COMPILER | {"capture", "passes", "backends", "runtime", "report", "api"},
+    "inspection": COMPILER | {"passes", "backends", "runtime", "report"},
     # client and server: bundles come from export, stand-ins from the runtime.
     "serving": FOUNDATION | {"backends", "runtime", "export"},
     "cli": COMPILER
     | {"capture", "passes", "backends", "runtime", "report", "api", "export", "evaluate", "serving"}
-    | {"__init__"},
-    "__init__": COMPILER | {"api", "passes", "export", "serving"},
+    | {"inspection", "__init__"},
+    "__init__": COMPILER | {"api", "export", "inspection", "passes", "serving"},
     "__main__": {"cli"},
 }
 """What each room may import of the package, besides itself."""

@@ -1,11 +1,12 @@
-"""Encrypts the first attention of the small GPT-2 and lets it write: float, integers, ciphertext.
+"""Lets a small GPT-2 write while its first attention runs on integers, and on ciphertexts.
 
     make demo
     python examples/gpt2/demo.py --prompt "He had never seen" --submodule h.0.attn --n-bits 4
     python examples/gpt2/demo.py --model gpt2 --heads 0     # the real one, where its weights are
 
-Three texts are printed: the float model's, the one with the attention in clear integers, and the
-one whose next token (or more, --execute) came from an attention that ran on ciphertexts.
+Each prompt is continued by the float model, and with the attention at two precisions: enough bits,
+and too few. Then the first token (or more, --execute) comes out of an attention that runs on
+ciphertexts. The attention has circuits of several lengths; each token takes the shortest that fits.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import fhe_fx
-from fhe_fx.report.machine import machine_name
+from fhe_fx.report.machine import bootstrap_rate, machine_name
+from fhe_fx.runtime.generate import lengths_for, plan_generation
 
 HERE = Path(__file__).parent
 SHIPPED = HERE / "model"
+PROMPTS = ["It was a truth", "He had never seen", "She was not at all", "The old house stood in"]
 
 
 def main() -> None:
@@ -32,69 +35,76 @@ def main() -> None:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(choices.model)
     model = AutoModelForCausalLM.from_pretrained(choices.model).eval()
-    prompt = tokenizer(choices.prompt, return_tensors="pt")
-    n_prompt = prompt["input_ids"].shape[1]
-    tokens = choices.tokens or n_prompt + choices.new_tokens - 1
+    prompts = [tokenizer(text)["input_ids"] for text in choices.prompt or PROMPTS]
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    lengths = choices.tokens or lengths_for(shortest, longest - shortest + choices.new_tokens)
     print(f"fhe_fx {fhe_fx.__version__} on {machine_name()}")
     shown = os.path.relpath(choices.model) if Path(choices.model).exists() else choices.model
     print(f"model {shown}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
-    start = time.perf_counter()
-    encrypted = fhe_fx.encrypt_submodule(
-        model,
-        choices.submodule,
-        n_bits=choices.n_bits,
-        max_tokens=tokens,
-        heads=choices.heads,
-        calibration=_calibration(choices.model, tokenizer),
-    )
-    print(f"\nlowered in {time.perf_counter() - start:.1f} s; compiling ...", flush=True)
-    cost = fhe_fx.compile(encrypted).regions[0]
-
-    texts = {}
-    for mode, label, n_new in (
-        ("disable", "float", choices.new_tokens),
-        ("clear", "clear integers", choices.new_tokens),
-        ("execute", "encrypted", choices.execute),
-    ):
-        if mode == "execute":
-            seconds = (cost.estimated_seconds or 0) * n_new
-            print(
-                f"\nexecuting {n_new} token(s) on ciphertexts, about {seconds:.0f} s ...",
-                flush=True,
-            )
-        fhe_fx.set_mode(encrypted, mode)
+    encrypted = {}
+    for n_bits in (choices.n_bits, choices.low_bits):
         start = time.perf_counter()
-        with torch.no_grad():
-            ids = encrypted.generate(
-                **prompt, max_new_tokens=n_new, do_sample=False, pad_token_id=tokenizer.eos_token_id
-            )
-        texts[label] = (ids[0, n_prompt:].tolist(), time.perf_counter() - start)
+        encrypted[n_bits] = fhe_fx.encrypt_submodule(
+            model,
+            choices.submodule,
+            n_bits=n_bits,
+            max_tokens=lengths,
+            heads=choices.heads,
+            calibration=_calibration(choices.model, tokenizer),
+        )
+        fhe_fx.set_mode(encrypted[n_bits], "clear")
+        seconds = time.perf_counter() - start
+        said = f"{choices.submodule} lowered at {n_bits} bits for {', '.join(map(str, lengths))}"
+        print(f"{said} tokens in {seconds:.0f} s", flush=True)
 
-    print(f"\nprompt: {choices.prompt!r}")
-    expected = texts["float"][0]
-    for label, (ids, seconds) in texts.items():
-        agree = "" if label == "float" else _agreement(ids, expected)
-        print(f"  {label:15} {tokenizer.decode(ids)!r}{agree}   ({seconds:.1f} s)")
-    print(
-        f"\n{cost.look_ups:,} look-ups of at most {cost.max_lookup_bits} bits for {tokens} tokens, "
-        f"complexity {cost.complexity:.2e}, keys {(cost.key_bytes or 0) / 1e9:.2f} GB, "
-        f"compiled in {cost.compile_seconds:.1f} s"
-    )
+    for ids in prompts:
+        print(f"\n{tokenizer.decode(ids)!r}")
+        expected = _write(model, ids, choices.new_tokens)
+        print(f"  float   {tokenizer.decode(expected)!r}")
+        for n_bits, changed in encrypted.items():
+            found = _write(changed, ids, choices.new_tokens)
+            print(f"  {n_bits} bits  {tokenizer.decode(found)!r}{_agreement(found, expected)}")
+
+    print()
+    _execute(encrypted[choices.n_bits], model, prompts[0], choices.execute, tokenizer)
+
+
+def _execute(encrypted: Any, model: Any, ids: list[int], n_new: int, tokenizer: Any) -> None:
+    fhe_fx.compile(encrypted)
+    fhe_fx.set_mode(encrypted, "execute")
+    plan = plan_generation(encrypted, len(ids), n_new)
+    seconds = (plan.complexity or 0) / bootstrap_rate()[0]
+    print(f"\nexecuting on ciphertexts, {plan}, about {seconds:.0f} s ...", flush=True)
+    expected = _write(model, ids, n_new)
+    found = []
+    for token in fhe_fx.generate(encrypted, ids, max_new_tokens=n_new):
+        found.append(token.id)
+        took = f"circuit of {token.circuit} tokens, {token.seconds:.0f} s"
+        print(f"  {tokenizer.decode(ids)!r} -> {tokenizer.decode([token.id])!r}   ({took})")
+        ids = [*ids, token.id]
+    print(f"encrypted{_agreement(found, expected)}")
+
+
+def _write(model: Any, ids: list[int], n_new: int) -> list[int]:
+    return [token.id for token in fhe_fx.generate(model, ids, max_new_tokens=n_new)]
 
 
 def _agreement(ids: list[int], expected: list[int]) -> str:
-    same = sum(a == b for a, b in zip(ids, expected, strict=False))
-    return f"   {same} of {len(ids)} token(s) as in float"
+    same = next(
+        (i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(ids)
+    )
+    if same == len(ids):
+        return f"   as in float, {len(ids)} of {len(ids)} token(s)"
+    return f"   leaves the float text at token {same + 1}"
 
 
-def _calibration(model: str, tokenizer: object) -> list[object] | None:
+def _calibration(model: str, tokenizer: Any) -> list[object] | None:
     """Return the sentences shipped beside the small model; any other model samples its own."""
     path = Path(model) / "calibration.txt"
     if not path.exists():
         return None
-    lines = path.read_text().splitlines()
-    return [tokenizer(line, return_tensors="pt") for line in lines]  # type: ignore[operator]
+    return [tokenizer(line, return_tensors="pt") for line in path.read_text().splitlines()]
 
 
 def _choices() -> argparse.Namespace:
@@ -102,11 +112,12 @@ def _choices() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default=str(SHIPPED), help="directory or hub name")
-    parser.add_argument("--prompt", default="He had never seen")
+    parser.add_argument("--prompt", action="append", help="text to go on from; may be repeated")
     parser.add_argument("--submodule", default="h.0.attn")
     parser.add_argument("--heads", type=int, nargs="*", default=None)
-    parser.add_argument("--n-bits", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=None, help="rows that the circuit takes")
+    parser.add_argument("--n-bits", type=int, default=4, help="enough precision; executed")
+    parser.add_argument("--low-bits", type=int, default=2, help="too little precision")
+    parser.add_argument("--tokens", type=int, nargs="*", default=None, help="lengths of circuits")
     parser.add_argument("--new-tokens", type=int, default=5)
     parser.add_argument("--execute", type=int, default=1, help="tokens to compute on ciphertexts")
     return parser.parse_args()

@@ -38,6 +38,8 @@ class CircuitFacts:
     """How long compilation took on the machine that compiled."""
     parameters: tuple[str, ...] = field(default_factory=tuple)
     """The bootstrap parameter sets, in words."""
+    has_own_keys: bool = True
+    """False if it runs with the keys of another circuit, and `key_bytes` are those."""
 
 
 class Circuit(Protocol):

@@ -26,7 +26,6 @@ from fhe_fx.evaluate.stages import (
     STAGES,
     Clear,
     FakeQuantized,
-    RangeUse,
     Simulated,
     StagedRegion,
 )
@@ -42,14 +41,14 @@ from fhe_fx.options import Options
 from fhe_fx.passes import Pipeline
 from fhe_fx.report import report_on
 from fhe_fx.report.machine import installed_version, machine_name
+from fhe_fx.runtime.ranges import RangeUse, range_warnings
 from fhe_fx.runtime.region import Region
 
-__all__ = ["RANGE_SHARE", "evaluate_submodule"]
+__all__ = ["evaluate_submodule"]
 
-RANGE_SHARE = 0.001
-"""Share of a look-up's inputs outside their range from which an evaluation warns."""
 EXCESS = 1.5
-"""Distance of simulated from clear results, in units of what noise explains, likewise."""
+"""Distance of simulated from clear results, in units of what noise explains, from which an
+evaluation warns."""
 _CALIBRATION_TEXTS = 128
 """Texts that the model writes for calibration, of four times the circuit's length or as long as its
 positions allow."""
@@ -308,7 +307,7 @@ class _Run:
                 elif isinstance(runner, Simulated) and runner.excess > EXCESS:
                     warned.append(_excess_warning(runner))
         exceeded = sorted((r for r in ranges if r.outside), key=lambda r: -r.share)
-        warned += _range_warnings(exceeded)
+        warned += range_warnings(ranges)
         return SettingResult(
             n_bits=options.n_bits,
             look_ups=sum(c.look_ups for c in costs),
@@ -343,14 +342,3 @@ def _excess_warning(runner: Simulated) -> str:
         f"clear ones as noise explains; noise pushes values past the ends of their ranges, where "
         f"tables wrap. Calibrate on more, or more varied, text."
     )
-
-
-def _range_warnings(exceeded: Sequence[RangeUse]) -> list[str]:
-    often = [r for r in exceeded if r.share > RANGE_SHARE]
-    if not often:
-        return []
-    worst = often[0]
-    said = f"{len(often)} look-ups or inputs had more than {RANGE_SHARE:.1%} of their values"
-    where = f"the worst, {worst.where}, {worst.share:.2%} of {worst.total:,}"
-    advice = "Calibrate on text like that on which you evaluate."
-    return [f"{said} outside the calibrated range; {where}. {advice}"]

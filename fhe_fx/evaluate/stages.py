@@ -13,17 +13,17 @@ from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fhe_fx.backends.reference.batch import run_batch
 from fhe_fx.backends.reference.noise import LookupNoise
 from fhe_fx.evaluate.fake import fake_quantized
 from fhe_fx.ir.program import Program
-from fhe_fx.ir.views import Lookup
 from fhe_fx.runtime.codec import Codec
+from fhe_fx.runtime.ranges import RangeUse, RangeWatch
 from fhe_fx.runtime.region import Region
 
-__all__ = ["STAGES", "Clear", "FakeQuantized", "RangeUse", "Runner", "Simulated", "StagedRegion"]
+__all__ = ["STAGES", "Clear", "FakeQuantized", "Runner", "Simulated", "StagedRegion"]
 
 STAGES = ("fake_quantized", "clear", "simulated")
 """What a setting can be evaluated at, in the order of the way."""
@@ -54,26 +54,6 @@ class StagedRegion(Region):
         """Let the runner run."""
         assert self.runner is not None
         return self.runner(samples)
-
-
-@dataclass
-class RangeUse:
-    """How often the values of one look-up, or of one input, were outside their range."""
-
-    where: str
-    """Module path and source line."""
-    outside: int = 0
-    total: int = 0
-
-    @property
-    def share(self) -> float:
-        """Part of the values that were outside."""
-        return self.outside / max(1, self.total)
-
-    def count(self, is_outside: Tensor) -> None:
-        """Add some values."""
-        self.outside += int(is_outside.sum())
-        self.total += is_outside.numel()
 
 
 class FakeQuantized:
@@ -107,32 +87,20 @@ class _Integers:
         return [self.codec.decode([r.numpy() for r in row]) for row in rows]
 
 
-class Clear(_Integers):
+class Clear:
     """The integers, and how well calibrated ranges fit them."""
 
     def __init__(self, program: Program) -> None:
-        super().__init__(program)
-        self.ranges: dict[str, RangeUse] = {}
+        self._watch = RangeWatch(program)
 
     def __call__(self, samples: Samples) -> list[list[Tensor]]:
         """Run the integer program."""
-        encoded = self.encode(samples)
-        for port, q in zip(self.codec.inputs, encoded, strict=True):
-            # The client clips: what stands at an end may have been beyond it.
-            at_end = (q <= port.type.low) | (q >= port.type.high)
-            self._use(port.name, f"encrypted input {port.name}").count(at_end)
-        return self.decode(run_batch(self.program, encoded, observe=self._observe))
+        return self._watch.run(samples)
 
-    def _use(self, name: str, where: str) -> RangeUse:
-        return self.ranges.setdefault(name, RangeUse(where))
-
-    def _observe(self, node: fx.Node, x: Tensor) -> None:
-        view = Lookup.of(node)
-        bits, lsbs = view.bits, view.lsbs
-        rounded = (x + (1 << lsbs - 1) >> lsbs) if lsbs else x
-        half = 1 << bits - 1
-        where = f"{node.meta.get('module_path', '')} {node.meta.get('source', '')}".strip()
-        self._use(node.name, where).count((rounded < -half) | (rounded >= half))
+    @property
+    def ranges(self) -> dict[str, RangeUse]:
+        """How often what each input and look-up holds was outside its range, by node."""
+        return self._watch.uses
 
 
 class Simulated(_Integers):

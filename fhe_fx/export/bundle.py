@@ -94,7 +94,7 @@ def party_manifest(
     """
     from fhe_fx.backends.concrete.artifact import client_specs, keyset_id, wire_format
 
-    specs = client_specs(region.circuit())  # type: ignore[arg-type]
+    specs = client_specs(region.circuit())
     machine_code = {"machine": manifest["machine"]} if party == "server" else {}
     return {
         "format": _FORMATS[party],

@@ -35,6 +35,7 @@ from fhe_fx.export.region import write_region
 from fhe_fx.export.stand_in import client_tensors, stand_in_files
 from fhe_fx.runtime.client import ClientModule
 from fhe_fx.runtime.module import EncryptedModule
+from fhe_fx.runtime.standin import StandIn
 
 __all__ = ["WEIGHTS", "is_pretrained", "save", "save_for_two"]
 
@@ -148,23 +149,23 @@ def is_pretrained(model: object) -> bool:
 
 
 def _parts(model: nn.Module) -> list[_Part]:
-    found: dict[EncryptedModule, list[str]] = {}
+    found: dict[StandIn, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, EncryptedModule):
+        if isinstance(module, StandIn):
             found.setdefault(module, []).append(name)
     if not found:
         raise TargetError(
             f"{type(model).__name__} has no encrypted part. Use the model that "
             f"fhe_fx.encrypt_submodule returned; it leaves the one it is given as it was."
         )
-    if any(isinstance(module, ClientModule) for module in found):
+    if any(isinstance(circuit, ClientModule) for module in found for circuit in module.parts):
         raise ArtifactError(
             f"This {type(model).__name__} was loaded from a client's directory, without the "
             f"weights of its encrypted parts. Copy that directory instead."
         )
     if "" in next(iter(found.values())):
         raise ArtifactError("The whole model is encrypted, so there is no client's part to write.")
-    return [_Part((module,), tuple(paths)) for module, paths in found.items()]
+    return [_Part(module.parts, tuple(paths)) for module, paths in found.items()]
 
 
 def _is_inside(name: str, parts: Sequence[_Part]) -> bool:

@@ -16,7 +16,8 @@ from fhe_fx.export.manifest import CLIENT_MODEL_FORMAT, MANIFEST, check_files, r
 from fhe_fx.export.model import WEIGHTS, is_pretrained, save_for_two
 from fhe_fx.export.quiet import quiet_transformers
 from fhe_fx.export.stand_in import STAND_IN_FILES, client_module
-from fhe_fx.runtime.client import ClientModule
+from fhe_fx.runtime.ladder import Ladder
+from fhe_fx.runtime.standin import StandIn
 
 __all__ = ["client_directory", "load_client_model"]
 
@@ -56,11 +57,13 @@ def load_client_model(directory: str | Path, model: nn.Module | type | None = No
     return loaded.eval()
 
 
-def _stand_in(directory: Path, part: dict[str, Any], skeleton: nn.Module) -> ClientModule:
-    (name,) = part["circuits"]
-    folder = directory / CIRCUITS / str(name)
-    files = {file: (folder / file).read_bytes() for file in STAND_IN_FILES}
-    return client_module(skeleton, files, load_client_bundle(folder).codec)
+def _stand_in(directory: Path, part: dict[str, Any], skeleton: nn.Module) -> StandIn:
+    circuits = []
+    for name in part["circuits"]:
+        folder = directory / CIRCUITS / str(name)
+        files = {file: (folder / file).read_bytes() for file in STAND_IN_FILES}
+        circuits.append(client_module(skeleton, files, load_client_bundle(folder).codec))
+    return circuits[0] if len(circuits) == 1 else Ladder(skeleton, circuits)
 
 
 def client_directory(directory: str | Path) -> Path:

@@ -204,7 +204,7 @@ def _manifest(region: Region, origin: str) -> dict[str, Any]:
 def _security_bits(region: Region) -> int:
     from fhe_fx.backends.concrete.artifact import security_bits
 
-    return security_bits(region.circuit())  # type: ignore[arg-type]
+    return security_bits(region.circuit())
 
 
 def _heads(region: Region) -> list[int] | None:

@@ -55,6 +55,7 @@ def _described(module: EncryptedModule) -> tuple[dict[str, Any], dict[str, Tenso
             "name": region.name,
             "circuit": region.circuit_name,
             "input_shapes": region.input_shapes,
+            "tokens": region.tokens,
             "encrypted": signature.encrypted,
             "results": signature.results,
             "others": {
@@ -110,6 +111,7 @@ def client_module(
             composed=rebuild(described["composed"], tensors, _operator),
             codec=codec,
             input_shapes=tuple(tuple(int(n) for n in s) for s in described["input_shapes"]),
+            tokens=described["tokens"],
             causal_axes={
                 tuple(found["axes"]): {int(k): int(a) for k, a in found["results"]}
                 for found in described["causal"]

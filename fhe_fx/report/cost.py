@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fhe_fx.backends.base import CircuitFacts
@@ -54,19 +54,26 @@ class RegionCost:
     compile_seconds: float | None = None
     estimated_seconds: float | None = None
     """One run on this machine, from the complexity and the machine's look-up rate."""
+    has_own_keys: bool = True
+    """False if the keys are those of another region, which are made and sent once."""
+    tokens: int | None = None
+    """Tokens that it takes, where the region has circuits of several lengths."""
 
     def line(self) -> str:
         """Return the one line that is said when a circuit has been compiled."""
+        length = "" if self.tokens is None else f" at {self.tokens} tokens"
         text = (
-            f"{self.name}: look-ups of at most {self.max_lookup_bits} bits, "
+            f"{self.name}{length}: look-ups of at most {self.max_lookup_bits} bits, "
             f"{self.look_ups:,} bootstraps"
         )
         if self.complexity is None:
             return f"{text}, not compiled yet"
         seconds = self.estimated_seconds or 0.0
+        shared = "" if self.has_own_keys else " (shared)"
         return (
             f"{text}, complexity {_scientific(self.complexity)}, "
-            f"keys {(self.key_bytes or 0) / 1e9:.1f} GB, about {_seconds(seconds)} on this machine"
+            f"keys {(self.key_bytes or 0) / 1e9:.1f} GB{shared}, "
+            f"about {_seconds(seconds)} on this machine"
         )
 
 
@@ -94,12 +101,12 @@ class Report:
         return Report(tuple(regions))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return totals, and each region with its nodes."""
+        """Return totals, and each region with its nodes; shared keys count once."""
         return {
             "look_ups": sum(r.look_ups for r in self.regions),
             "max_lookup_bits": max((r.max_lookup_bits for r in self.regions), default=0),
             "complexity": _total(r.complexity for r in self.regions),
-            "key_bytes": _total(r.key_bytes for r in self.regions),
+            "key_bytes": _total(r.key_bytes for r in self.regions if r.has_own_keys),
             "regions": [asdict(r) for r in self.regions],
         }
 
@@ -136,12 +143,21 @@ class Report:
         return "\n\n".join(blocks)
 
 
-def report_on(programs: Sequence[tuple[Program, CircuitFacts | None]]) -> Report:
-    """Make the report of integer programs, and of their circuits where compiled."""
-    return Report(tuple(_region(program, facts) for program, facts in programs))
+def report_on(
+    programs: Sequence[tuple[Program, CircuitFacts | None]],
+    tokens: Sequence[int | None] | None = None,
+) -> Report:
+    """Make the report of integer programs, and of their circuits where compiled.
+
+    Args:
+        programs: each with what its circuit costs, if it is compiled.
+        tokens: the length of each, where one region has several.
+    """
+    lengths = tokens or [None] * len(programs)
+    return Report(tuple(_region(*p, n) for p, n in zip(programs, lengths, strict=True)))
 
 
-def _region(program: Program, facts: CircuitFacts | None) -> RegionCost:
+def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) -> RegionCost:
     look_ups = program.calls(LOOKUP)
     counts = {n: math.prod(d.shape_of(n)) for n in look_ups}
     bits = {n: Lookup.of(n).bits for n in look_ups}
@@ -169,22 +185,22 @@ def _region(program: Program, facts: CircuitFacts | None) -> RegionCost:
         max_lookup_bits=max(bits.values(), default=0),
         p_error=program.options.p_error,
         nodes=tuple(nodes),
+        tokens=tokens,
     )
     if facts is None:
         return base
     rate, _ = bootstrap_rate()
-    return RegionCost(
-        base.name,
-        facts.look_ups,
-        base.max_lookup_bits,
-        facts.p_error,
-        base.nodes,
-        facts.complexity,
-        facts.key_bytes,
-        facts.input_bytes,
-        facts.output_bytes,
-        facts.compile_seconds,
-        facts.complexity / rate,
+    return replace(
+        base,
+        look_ups=facts.look_ups,
+        p_error=facts.p_error,
+        complexity=facts.complexity,
+        key_bytes=facts.key_bytes,
+        input_bytes=facts.input_bytes,
+        output_bytes=facts.output_bytes,
+        compile_seconds=facts.compile_seconds,
+        estimated_seconds=facts.complexity / rate,
+        has_own_keys=facts.has_own_keys,
     )
 
 

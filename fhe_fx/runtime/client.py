@@ -33,6 +33,10 @@ class ClientRegion:
     """Shape of each encrypted input of the submodule, for one sample."""
     causal_axes: Mapping[tuple[int, ...], Mapping[int, int] | None]
     """What was proved on the graph when it was written: see `Region.causal`."""
+    tokens: int | None = None
+    """As in `Region`."""
+    keys_from: Region | None = None
+    """Means nothing here: keys belong to parameters, and the same make the same directory."""
     remote: Remote | None = None
     """Who runs it."""
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fhe_fx.errors import InputError, OptionsError, did_you_mean
 from fhe_fx.runtime.region import MODES, Region
+from fhe_fx.runtime.standin import StandIn
 
 __all__ = ["EncryptedModule", "Signature", "keyed_leaves"]
 
@@ -55,37 +56,29 @@ class _Rows:
     """The axis of each encrypted input that holds them."""
 
 
-class EncryptedModule(nn.Module):
+class EncryptedModule(StandIn):
     """Runs a submodule in float (`disable`), integers (`clear`), noise (`simulate`) or ciphertext
     (`execute`, `remote`), inside the model's own forward.
-
-    Its parameters, buffers and children are the original's, under the original's names, so that a
-    `state_dict` fits both models.
     """  # noqa: D205
 
-    original: nn.Module
     region: Region
     signature: Signature
 
     def __init__(self, original: nn.Module, region: Region, signature: Signature) -> None:
-        super().__init__()
-        self.__dict__["original"] = original  # not a child: it would change every name below
-        for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-            self.__dict__[shared] = getattr(original, shared)
-        self.training = original.training
+        super().__init__(original)
         self.region = region
         self.signature = signature
         self._mode = "disable"
         self._norms = self._weight_norms()
 
-    def __getattr__(self, name: str) -> Any:
-        """Answer what the model asks of the submodule by asking the original."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "original" not in self.__dict__:
-                raise
-            return getattr(self.original, name)
+    @property
+    def parts(self) -> tuple[EncryptedModule, ...]:
+        """Itself: it has one circuit."""
+        return (self,)
+
+    def part_for(self, args: Sequence[Any], kwargs: dict[str, Any]) -> EncryptedModule:
+        """Return itself."""
+        return self
 
     @property
     def mode(self) -> str:
@@ -105,12 +98,6 @@ class EncryptedModule(nn.Module):
                 f"fhe_fx.connect(url, client=DIR, token=..., model=model)."
             )
         self._mode = value
-
-    def train(self, mode: bool = True) -> EncryptedModule:
-        """Put the original in training mode, or back; circuits know no dropout."""
-        self.original.train(mode)
-        self.training = mode
-        return self
 
     def extra_repr(self) -> str:
         """Say what stands here when the model is printed."""
@@ -133,10 +120,7 @@ class EncryptedModule(nn.Module):
         n_samples = self._n_samples(inputs)
         rows = self._rows(inputs)
         result_axes = self._result_axes(rows)
-        samples = [
-            [self._sample(x, shape, i, rows, k) for k, (x, shape) in enumerate(self._fit(inputs))]
-            for i in range(n_samples)
-        ]
+        samples = self._samples(inputs, n_samples, rows)
         self._check_others(leaves, args, kwargs, samples, rows, result_axes)
         found = self.region.run_many(samples, self._mode)
         runs = [self._cut(results, rows, result_axes) for results in found]
@@ -145,6 +129,24 @@ class EncryptedModule(nn.Module):
         return self._output([r.to(inputs[0]) for r in results], is_as_recorded)
 
     # Fitting a call to the circuit ------------------------------------------------------------
+
+    def takes(self, leaves: dict[str, Any]) -> bool:
+        """Say whether the inputs of a call are of the circuit's lengths, or may be padded to them.
+
+        Args:
+            leaves: what `keyed_leaves` made of the call.
+        """
+        axes = []
+        for name, shape in zip(self.signature.encrypted, self.region.input_shapes, strict=True):
+            x = leaves.get(name)
+            if not isinstance(x, Tensor) or x.dim() != len(shape):
+                return False
+            if any(n > most for n, most in zip(x.shape[1:], shape[1:], strict=True)):
+                return False
+            axes.append(next((a for a in range(1, len(shape)) if x.shape[a] != shape[a]), 0))
+        if not any(axes):
+            return True
+        return 0 not in axes and self.region.causal(axes) is not None
 
     def _fit(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor, tuple[int, ...]]]:
         return list(zip(inputs, self.region.input_shapes, strict=True))
@@ -240,6 +242,26 @@ class EncryptedModule(nn.Module):
             )
         ((given, compiled),) = (f for f in found if f is not None)
         return _Rows(given, compiled, tuple(axes))
+
+    def samples_of(self, *args: Any, **kwargs: Any) -> list[list[Tensor]]:
+        """Return what the region receives in a call: one list of inputs for each sample.
+
+        Raises:
+            InputError: if the call does not fit what was compiled.
+        """
+        leaves = keyed_leaves(args, kwargs)
+        inputs = [self._input(name, leaves) for name in self.signature.encrypted]
+        rows = self._rows(inputs)
+        self._result_axes(rows)  # refuses what cannot be padded
+        return self._samples(inputs, self._n_samples(inputs), rows)
+
+    def _samples(
+        self, inputs: Sequence[Tensor], n_samples: int, rows: _Rows | None
+    ) -> list[list[Tensor]]:
+        return [
+            [self._sample(x, shape, i, rows, k) for k, (x, shape) in enumerate(self._fit(inputs))]
+            for i in range(n_samples)
+        ]
 
     @staticmethod
     def _sample(

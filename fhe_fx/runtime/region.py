@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from fhe_fx.backends.base import Circuit, CircuitFacts, Integers
+from fhe_fx.backends.base import CircuitFacts, Integers
 from fhe_fx.backends.reference import ReferenceBackend
 from fhe_fx.errors import ArtifactError, BitWidthError, FheFxError
 from fhe_fx.ir.program import Program
@@ -18,6 +18,10 @@ from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.partition import ENCRYPTED
 from fhe_fx.runtime.causality import causal_axes
 from fhe_fx.runtime.codec import Codec
+from fhe_fx.runtime.ranges import RangeWatch
+
+if TYPE_CHECKING:
+    from fhe_fx.backends.concrete import ConcreteCircuit
 
 __all__ = ["MODES", "Region", "Remote", "run_composed"]
 
@@ -50,9 +54,15 @@ class Region:
     """What lowered it."""
     input_shapes: tuple[tuple[int, ...], ...]
     """Shape of each encrypted input of the submodule, for one sample."""
+    tokens: int | None = None
+    """Tokens of the model inputs that it was captured with; None if those are no tokens."""
+    keys_from: Region | None = None
+    """The region whose keys its circuit uses too, where their parameters allow it."""
     remote: Remote | None = None
     """Who runs it in mode "remote"; `fhe_fx.connect` says so."""
-    _circuit: Circuit | None = None
+    watch: RangeWatch | None = None
+    """Counts, in mode "clear", the values that were outside their range, where it is wanted."""
+    _circuit: ConcreteCircuit | None = None
     _causal: dict[tuple[int, ...], dict[int, int] | None] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Region:
@@ -91,7 +101,7 @@ class Region:
         """What the circuit costs, once compiled."""
         return self._circuit.facts if self._circuit is not None else None
 
-    def circuit(self) -> Circuit:
+    def circuit(self) -> ConcreteCircuit:
         """Return the Concrete circuit, compiling it at the first call.
 
         Raises:
@@ -100,8 +110,9 @@ class Region:
         if self._circuit is None:
             from fhe_fx.backends.concrete import ConcreteBackend
 
+            keys_from = None if self.keys_from is None else self.keys_from.circuit()
             try:
-                self._circuit = ConcreteBackend().compile(self.program)
+                self._circuit = ConcreteBackend().compile(self.program, keys_from)
             except BitWidthError as error:
                 raise BitWidthError(f"{error}\n{self._advice()}") from error
         return self._circuit
@@ -121,6 +132,11 @@ class Region:
                 continue
             return f"Try n_bits={n_bits}: it compiles, with keys of {facts.key_bytes / 1e9:.1f} GB."
         return "No smaller n_bits compiles either. Encrypt a smaller part."
+
+    def watched(self) -> RangeWatch:
+        """Count from now on, in mode "clear", the values that are outside their range."""
+        self.watch = RangeWatch(self.program)
+        return self.watch
 
     def causal(self, row_axes: Sequence[int]) -> dict[int, int] | None:
         """Return the row axis of each result if the region is causal, as proved on its graph.
@@ -156,6 +172,8 @@ class Region:
 
     def run_circuits(self, samples: Sequence[Sequence[Tensor]], mode: str) -> list[list[Tensor]]:
         """Do the same for several samples."""
+        if mode == "clear" and self.watch is not None:
+            return self.watch.run(samples)
         codec = self.codec
         encoded = [codec.encode(inputs) for inputs in samples]
         if mode == "clear":

@@ -24,7 +24,7 @@ from fhe_fx.backends.base import Integers
 from fhe_fx.errors import InputError, RemoteError, TargetError
 from fhe_fx.export.bundle import ClientBundle, load_client_bundles
 from fhe_fx.export.pretrained import client_directory, load_client_model
-from fhe_fx.runtime.module import EncryptedModule
+from fhe_fx.runtime.standin import stand_ins
 from fhe_fx.serving.keys import StoredKeys, key_place, stored_keys
 from fhe_fx.serving.wire import ResultEncoding, kept_bits, pack_inputs, unpack_results
 
@@ -116,9 +116,8 @@ def from_pretrained(
     if remote is not None:
         connection = connect(remote, client=client_directory(directory), model=loaded, **options)
         weakref.finalize(loaded, connection.close)
-        for module in loaded.modules():
-            if isinstance(module, EncryptedModule):
-                module.mode = "remote"
+        for stand_in in stand_ins(loaded):
+            stand_in.mode = "remote"
     return loaded
 
 
@@ -151,7 +150,7 @@ class Connection:
             TargetError: if the model has no part of that name.
             RemoteError: if a part encodes its inputs or results otherwise than the export.
         """
-        parts = [m.region for m in model.modules() if isinstance(m, EncryptedModule)]
+        parts = [part.region for stand_in in stand_ins(model) for part in stand_in.parts]
         for circuit in self.circuits:
             named = [r for r in parts if r.circuit_name == circuit.name]
             if not named:
@@ -160,13 +159,15 @@ class Connection:
                     f"The bundle is of {circuit.name!r}; the encrypted parts of "
                     f"{type(model).__name__} are: {known}."
                 )
-            for region in named:
-                if region.codec.to_entries() != circuit.codec.to_entries():
-                    raise RemoteError(
-                        f"{circuit.name}: the model encodes its inputs or results otherwise than "
-                        f"the bundle that was exported. Encrypt it with the options, weights and "
-                        f"calibration of the export, or export it again."
-                    )
+            entries = circuit.codec.to_entries()
+            same = [r for r in named if r.codec.to_entries() == entries]
+            if not same:
+                raise RemoteError(
+                    f"{circuit.name}: the model encodes its inputs or results otherwise than "
+                    f"the bundle that was exported. Encrypt it with the options, weights and "
+                    f"calibration of the export, or export it again."
+                )
+            for region in same:
                 region.remote = circuit
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:

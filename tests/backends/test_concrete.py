@@ -123,8 +123,32 @@ def test_encryption_agrees_with_the_clear_run(name: str) -> None:
     The difference from the clear run is that of a simulated run, up to a factor of three, which a
     correct run exceeds with a probability far below one in a million.
     """
-    case = _compiled(name)
-    program, circuit = case.program, case.circuit
+    _check_execution(_compiled(name), _compiled(name).circuit, name)
+
+
+@pytest.mark.fhe
+def test_a_circuit_runs_with_the_keys_of_another() -> None:
+    case, other = _compiled("product"), _compiled("softmax").circuit
+    shared = ConcreteBackend().compile(case.program, other)
+    assert shared.keyset == other.keyset
+    assert other.facts.has_own_keys
+    assert not shared.facts.has_own_keys
+    assert shared.facts.key_bytes == other.facts.key_bytes
+    _check_execution(case, shared, "product")
+    keys = [c._circuit.keys._keyset for c in (shared, other)]
+    assert keys[0] is keys[1]
+
+
+def test_keys_that_do_not_fit_are_not_shared() -> None:
+    wide = program_from(_gelu, _samples("gelu"), n_bits=7)
+    lower(wide)
+    circuit = ConcreteBackend().compile(wide, _compiled("gelu").circuit)
+    assert circuit.keyset != _compiled("gelu").circuit.keyset
+    assert circuit.facts.has_own_keys
+
+
+def _check_execution(case: Compiled, circuit: ConcreteCircuit, name: str) -> None:
+    program = case.program
     differences = []
     for sample in _samples(name)[:8]:
         inputs = encode(program, sample)

@@ -330,6 +330,23 @@ def test_rotary_embeddings_and_other_structures(tmp_path: Path) -> None:
     loaded(prompt, output_attentions=False)
 
 
+def test_several_lengths_of_one_part(tmp_path: Path) -> None:
+    """A ladder: a circuit for each length, and one set of keys for all."""
+    gpt2 = tiny_gpt2(n_embd=4, n_head=1, n_inner=4)
+    model = fhe_fx.encrypt_submodule(gpt2, "h.0.mlp", n_bits=4, max_tokens=(2, 3), options=FEW)
+    save(model, tmp_path / "out", validate=False)
+    keysets = {b.manifest["keyset"] for b in load_client_bundles(tmp_path / "out/client").values()}
+    assert len(keysets) == 1
+    saved = Saved(model, tmp_path / "out", None)
+    loaded = saved.load()
+    fhe_fx.set_mode(model, "clear")
+    for prompt in ([[5]], [[5, 6]], [[5, 6, 7], [1, 2, 3]]):
+        ids = torch.tensor(prompt)
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    with pytest.raises(InputError, match="the weights of this part are with the server"):
+        load_client_model(saved.client)(torch.tensor([[5]]))
+
+
 def test_without_a_server_it_says_where_the_weights_are(gpt2: Saved) -> None:
     loaded: Any = load_client_model(gpt2.directory)  # the directory that holds client/ will do
     prompt = torch.tensor([[1, 2]])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,38 +30,56 @@ class ConcreteBackend:
 
     name = "concrete"
 
-    def compile(self, program: Program) -> ConcreteCircuit:
+    def compile(
+        self, program: Program, keys_from: ConcreteCircuit | None = None
+    ) -> ConcreteCircuit:
         """Compile.
+
+        Args:
+            program: what to compile.
+            keys_from: a circuit whose keys the new one is to use. The optimizer then takes that
+                circuit's parameters. Where they do not fit the program, it gets keys of its own.
 
         Raises:
             BitWidthError: if no parameters exist for the widths; names the widest look-up.
             BackendError: if Concrete refuses the program for another reason.
         """
-        names = [n.name for n in program.placeholders]
-        probe = tuple(np.zeros(d.shape_of(n), dtype=np.int64) for n in program.placeholders)
-        configuration = fhe.Configuration(
-            p_error=program.options.p_error,
-            compress_input_ciphertexts=True,
-            compress_evaluation_keys=True,  # a fifth of the size, made whole again in a second
-            show_graph=False,
-            show_mlir=False,
-            show_optimizer=False,
-            show_progress=False,
-            verbose=False,
-            dump_artifacts_on_unexpected_failures=False,
-            use_insecure_key_cache=False,
-        )
-        function = emit_function(program)
-        function.__signature__ = _signature(names)  # type: ignore[attr-defined]
-        compiler = fhe.Compiler(function, dict.fromkeys(names, "encrypted"))
-        start = time.perf_counter()
-        try:
-            with declared_bounds():
-                circuit = compiler.compile([probe if len(probe) > 1 else probe[0]], configuration)
-        except RuntimeError as error:
-            raise _explain(program, error) from error
-        seconds = time.perf_counter() - start
-        return ConcreteCircuit(program, circuit, seconds)
+        if keys_from is not None:
+            with contextlib.suppress(BitWidthError, BackendError):
+                circuit = _compile(program, keys_from.keyset.get_restriction())
+                if circuit.keyset == keys_from.keyset:
+                    circuit.share_keys(keys_from)
+                    return circuit
+        return _compile(program)
+
+
+def _compile(program: Program, restriction: Any = None) -> ConcreteCircuit:
+    names = [n.name for n in program.placeholders]
+    probe = tuple(np.zeros(d.shape_of(n), dtype=np.int64) for n in program.placeholders)
+    configuration = fhe.Configuration(
+        p_error=program.options.p_error,
+        compress_input_ciphertexts=True,
+        compress_evaluation_keys=True,  # a fifth of the size, made whole again in a second
+        show_graph=False,
+        show_mlir=False,
+        show_optimizer=False,
+        show_progress=False,
+        verbose=False,
+        dump_artifacts_on_unexpected_failures=False,
+        use_insecure_key_cache=False,
+        keyset_restriction=restriction,
+    )
+    function = emit_function(program)
+    function.__signature__ = _signature(names)  # type: ignore[attr-defined]
+    compiler = fhe.Compiler(function, dict.fromkeys(names, "encrypted"))
+    start = time.perf_counter()
+    try:
+        with declared_bounds():
+            circuit = compiler.compile([probe if len(probe) > 1 else probe[0]], configuration)
+    except RuntimeError as error:
+        raise _explain(program, error) from error
+    seconds = time.perf_counter() - start
+    return ConcreteCircuit(program, circuit, seconds)
 
 
 def _signature(names: Sequence[str]) -> Any:
@@ -92,6 +112,7 @@ class ConcreteCircuit:
     def __init__(self, program: Program, circuit: Any, compile_seconds: float) -> None:
         self._program, self._circuit = program, circuit
         self._has_keys = False
+        self._keys_from: ConcreteCircuit | None = None
         self._facts = _facts(program, circuit, compile_seconds)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConcreteCircuit:
@@ -102,6 +123,16 @@ class ConcreteCircuit:
     def facts(self) -> CircuitFacts:
         """What it costs."""
         return self._facts
+
+    @property
+    def keyset(self) -> Any:
+        """The parameters of its keys; circuits in which they are equal can share keys."""
+        return self._circuit.client.specs.program_info.get_keyset_info()
+
+    def share_keys(self, other: ConcreteCircuit) -> None:
+        """Use the keys of a circuit of equal keyset."""
+        self._keys_from = other
+        self._facts = replace(self._facts, has_own_keys=False)
 
     def _check(self, inputs: Sequence[Integers]) -> None:
         for node, x in zip(self._program.placeholders, inputs, strict=True):
@@ -136,9 +167,14 @@ class ConcreteCircuit:
 
     def keygen(self) -> None:
         """Make keys for this process, unless there are some."""
-        if not self._has_keys:
+        if self._has_keys:
+            return
+        if self._keys_from is None:
             self._circuit.keygen()
-            self._has_keys = True
+        else:
+            self._keys_from.keygen()
+            self._circuit.keys = self._keys_from._circuit.keys
+        self._has_keys = True
 
     def execute(self, inputs: Sequence[Integers]) -> list[Integers]:
         """Encrypt, run and decrypt with the keys of this process."""

@@ -1,0 +1,68 @@
+"""What stands in a model where a submodule was: the same parameters, under the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from fhe_fx.runtime.module import EncryptedModule
+
+__all__ = ["StandIn", "stand_ins"]
+
+
+class StandIn(nn.Module):
+    """Takes the place of a submodule, for a model that does not notice.
+
+    Its parameters, buffers and children are the original's, under the original's names, so that a
+    `state_dict` fits both models.
+    """
+
+    original: nn.Module
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["original"] = original  # not a child: it would change every name below
+        for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            self.__dict__[shared] = getattr(original, shared)
+        self.training = original.training
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer what the model asks of the submodule by asking the original."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "original" not in self.__dict__:
+                raise
+            return getattr(self.original, name)
+
+    @property
+    def parts(self) -> tuple[EncryptedModule, ...]:
+        """The compiled parts that it chooses from, one circuit each."""
+        raise NotImplementedError
+
+    def part_for(self, args: Sequence[Any], kwargs: dict[str, Any]) -> EncryptedModule:
+        """Return the part that runs a call."""
+        raise NotImplementedError
+
+    @property
+    def mode(self) -> str:
+        """One of `disable`, `clear`, `simulate`, `execute`, `remote`."""
+        raise NotImplementedError
+
+    @mode.setter
+    def mode(self, value: str) -> None:
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> StandIn:
+        """Put the original in training mode, or back; circuits know no dropout."""
+        self.original.train(mode)
+        self.training = mode
+        return self
+
+
+def stand_ins(model: nn.Module) -> list[StandIn]:
+    """List the stand-ins of a model, in its order."""
+    return [m for m in model.modules() if isinstance(m, StandIn)]

@@ -1,0 +1,1 @@
+"""Tests of fhe_fx.inspection."""
