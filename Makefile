@@ -36,6 +36,7 @@ bench: venv
 
 stress: venv
 	$(BIN)/python -W ignore benchmarks/stress.py
+	$(BIN)/python -W ignore benchmarks/stress_edges.py
 
 docs: venv
 	$(BIN)/python docs/build.py

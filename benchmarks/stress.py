@@ -52,7 +52,7 @@ def main() -> None:
     choices = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        stored = _export(folder)
+        stored = export_small(folder)
         tokens = {who: secrets.token_urlsafe(24) for who in TENANTS}
         token_file = folder / "tokens"
         token_file.touch(0o600)
@@ -78,7 +78,8 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def _export(folder: Path) -> StoredKeys:
+def export_small(folder: Path) -> StoredKeys:
+    """Export a small circuit, make keys for it, and keep a sample of what it computes."""
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     samples = [torch.randn(1, 6) for _ in range(32)]

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fhe_fx.capture import capture, resolve_targets
 from fhe_fx.errors import CalibrationError, CaptureError, FheFxError, TargetError
+from fhe_fx.export.model import save_for_two
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import ENTER, LEAVE
 from fhe_fx.ir.program import Program
@@ -133,6 +134,7 @@ def encrypt_submodule(
         parts = [EncryptedModule(original, region, signature) for region, signature in rungs]
         found[original] = parts[0] if len(parts) == 1 else Ladder(original, parts)
     _put(copied, found)
+    save_for_two(copied)
     return copied
 
 

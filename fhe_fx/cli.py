@@ -26,7 +26,7 @@ from typer.core import TyperGroup
 from fhe_fx.errors import FheFxError, InputError, OptionsError, TargetError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from fhe_fx.export.models import NamedModel
     from fhe_fx.runtime.region import Region
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 FAILED, INTERRUPTED = 2, 130
-_EXTRAS = {"keygen": "client", "serve": "server"}
+_EXTRAS = {"keygen": "client", "run": "client", "serve": "server"}
 """Commands that need more than the core."""
 T = TypeVar("T")
 
@@ -189,7 +189,7 @@ def _head_numbers(heads: str | None) -> list[int] | None:
         ) from None
 
 
-def _region(
+def _lowered(
     model: str,
     submodule: str | None,
     n_bits: int,
@@ -198,8 +198,12 @@ def _region(
     calibration: Path | None,
     p_error: float | None,
     seed: int,
-) -> Region:
-    """Load a model and lower one part of it."""
+) -> tuple[Region, nn.Module | None, NamedModel]:
+    """Load a model and lower one part of it.
+
+    Returns:
+        The part; the model that it stands in, if that was not an exported program; what was loaded.
+    """
     from fhe_fx.export.models import load_calibration, load_model
 
     if submodule is None:
@@ -209,7 +213,8 @@ def _region(
     named = load_model(model, seed)
     samples = load_calibration(calibration, named) if calibration is not None else None
     if named.exported is not None:
-        return _exported_region(named.exported, submodule, tokens, chosen, samples, options)
+        region = _exported_region(named.exported, submodule, tokens, chosen, samples, options)
+        return region, None, named
     import fhe_fx
     from fhe_fx.api import encrypted_modules
     from fhe_fx.capture import resolve_targets
@@ -225,7 +230,7 @@ def _region(
         calibration=samples,
         options=options,
     )
-    return encrypted_modules(encrypted)[0].region
+    return encrypted_modules(encrypted)[0].region, encrypted, named
 
 
 def _exported_region(
@@ -274,31 +279,59 @@ def export(
     calibration: Calibration = None,
     p_error: PError = None,
     seed: Seed = 0,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="An evaluation.json, whose figures go into the model card.")
+    ] = None,
+    circuit_only: Annotated[
+        bool, typer.Option("--circuit-only", help="Leave out the client's model: the circuit only.")
+    ] = False,
     no_validate: Annotated[
         bool, typer.Option("--no-validate", help="Do not reload and compare what was written.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Encrypt a part of a model and write its client's and server's files."""
-    from fhe_fx.export import FILES, check_destination, export_region
+    """Encrypt a part of a model and write it for a client, with the rest, and for a server."""
+    from fhe_fx.evaluate.results import card_figures
+    from fhe_fx.export import FILES, check_destination, export_region, save
     from fhe_fx.report import report_on
 
     check_destination(out, FILES)
+    accuracy = card_figures(evaluation, n_bits) if evaluation else None
     with _progress("loading and lowering the model") as show:
-        region = _region(model, submodule, n_bits, tokens, heads, calibration, p_error, seed)
+        region, whole, named = _lowered(
+            model, submodule, n_bits, tokens, heads, calibration, p_error, seed
+        )
         _say(report_on([(region.program, None)]).regions[0].line())
         show("compiling")
         region.circuit()
         cost = report_on([(region.program, region.facts)]).regions[0]
         _say(cost.line())
-        manifest = export_region(region, out, not no_validate, origin=model, on_stage=show)
+        told: dict[str, Any] = {"validate": not no_validate, "origin": model, "on_stage": show}
+        if whole is None or circuit_only:
+            manifest = export_region(region, out, **told)
+        else:
+            tokenizer = _tokenizer_if_any(named)
+            manifest = save(whole, out, tokenizer=tokenizer, accuracy=accuracy, **told)
     if as_json:
         _print_json(_export_summary(manifest, out, cost.estimated_seconds))
         return
-    sizes = [f"{name} {_size(file['bytes'])}" for name, file in manifest["files"].items()]
+    sizes = [f"{party} {_size(_bytes_of(out / party))}" for party in ("client", "server")]
     _print(f"{out}: {', '.join(sizes)}")
     if manifest["validation"]:
         _print(_validation_line(manifest["validation"]))
+
+
+def _tokenizer_if_any(named: NamedModel) -> Any:
+    from fhe_fx.export.models import ModelError
+
+    try:
+        return named.tokenizer()
+    except ModelError:
+        return None
+
+
+def _bytes_of(directory: Path) -> int:
+    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
 
 
 def _export_summary(
@@ -350,7 +383,9 @@ def report(
         )
     else:
         with _progress("loading and lowering the model") as show:
-            region = _region(model, submodule, n_bits, tokens, heads, calibration, p_error, seed)
+            region, *_ = _lowered(
+                model, submodule, n_bits, tokens, heads, calibration, p_error, seed
+            )
             _say(report_on([(region.program, None)]).regions[0].line())
             show("compiling")
             region.circuit()
@@ -365,49 +400,117 @@ def report(
 def run(
     directory: Annotated[Path, typer.Argument(help="A directory that export wrote.")],
     inputs: Annotated[
-        list[Path], typer.Option("--input", help="A .npy of real numbers; once for each input.")
-    ],
-    mode: Annotated[str, typer.Option(help="clear, simulate or execute.")] = "simulate",
+        list[Path] | None,
+        typer.Option("--input", help="A .npy of real numbers; once for each input."),
+    ] = None,
+    mode: Annotated[str, typer.Option(help="clear, simulate, execute or remote.")] = "simulate",
     output: Annotated[
         list[Path] | None, typer.Option(help="Where to write results; once for each.")
     ] = None,
     keys: Annotated[
         Path | None,
-        typer.Option(help="File of secret keys, made if missing; without it they stay in memory."),
+        typer.Option(
+            help="File of secret keys, made if missing; without it they stay in memory. For "
+            "--mode remote the directory that keygen wrote, by default CLIENT.keys."
+        ),
     ] = None,
+    server: Annotated[str | None, typer.Option(help="URL of a server, for --mode remote.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Its text is the bearer token for the server.")
+    ] = None,
+    passphrase_file: PassphraseFile = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="With --mode remote, in place of --input: text to go on.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after --prompt.")] = 1,
 ) -> None:
     """Run an exported circuit, without its model, on real inputs of its region.
 
-    The artefact holds machine code: run only what comes from where you trust.
+    In mode remote a server runs it, and only the client's directory is needed; with --prompt the
+    client's model writes on. In the other modes the artefact's machine code runs here: run only
+    what comes from where you trust.
     """
     from fhe_fx.errors import did_you_mean
-    from fhe_fx.export import load_artifact
-    from fhe_fx.report import Report
 
-    modes = ("clear", "simulate", "execute")
+    modes = ("clear", "simulate", "execute", "remote")
     if mode not in modes:
         raise OptionsError(
             f"--mode {mode!r} is not one of {', '.join(modes)}.{did_you_mean(mode, list(modes))}"
         )
-    if keys is not None and mode != "execute":
-        raise OptionsError(f"--keys is for --mode execute; --mode {mode} has no keys.")
+    if keys is not None and mode not in {"execute", "remote"}:
+        raise OptionsError(f"--keys is for --mode execute or remote; --mode {mode} has no keys.")
+    if (mode == "remote") != (server is not None):
+        raise OptionsError("--mode remote and --server URL go together.")
+    if bool(inputs) == (prompt is not None) or (prompt is not None and mode != "remote"):
+        raise OptionsError("Give --input X.npy; or, with --mode remote, --prompt TEXT.")
+    _check_outputs(output)
+    if server is None:
+        _give(_run_here(directory, mode, inputs or [], output, keys), output)
+        return
+    access: dict[str, Any] = {
+        "token": token_file.read_text(encoding="utf-8").strip() if token_file else None,
+        "passphrase": _passphrase(passphrase_file),
+        "keys": keys,
+    }
+    with _progress(f"connecting to {server}") as show:
+        access["on_stage"] = show
+        if prompt is not None:
+            text = _interruptibly(lambda: _write_on(directory, server, prompt, new_tokens, access))
+            _print(text)
+            return
+        results = _interruptibly(lambda: _run_there(directory, server, inputs or [], access))
+    _give(results, output)
+
+
+def _check_outputs(output: list[Path] | None) -> None:
+    for path in output or []:
+        if not path.parent.is_dir():
+            raise OptionsError(f"--output {path}: there is no directory {path.parent}.")
+
+
+def _run_here(
+    directory: Path, mode: str, inputs: list[Path], output: list[Path] | None, keys: Path | None
+) -> list[Tensor]:
+    from fhe_fx.export import load_artifact
+    from fhe_fx.report import Report
+
     with load_artifact(directory) as artifact, _progress(f"running, mode {mode}"):
         n_results = len(artifact.codec.results)
         if output and len(output) != n_results:
             raise OptionsError(f"{len(output)} --output given; the circuit has {n_results}.")
-        for path in output or []:
-            if not path.parent.is_dir():
-                raise OptionsError(f"--output {path}: there is no directory {path.parent}.")
         given = [_array(path) for path in inputs]
         artifact.codec.check(given)
-        if mode == "execute":
-            _say(Report.from_costs([artifact.manifest["cost"]]).regions[0].line())
-            circuit = artifact.circuit()
-            _interruptibly(lambda: _prepare_keys(circuit, keys))
-            results = _interruptibly(lambda: artifact.execute(given))
-        else:
-            results = artifact.clear(given) if mode == "clear" else artifact.simulate(given)
-    _give(results, output)
+        if mode != "execute":
+            return artifact.clear(given) if mode == "clear" else artifact.simulate(given)
+        _say(Report.from_costs([artifact.manifest["cost"]]).regions[0].line())
+        circuit = artifact.circuit()
+        _interruptibly(lambda: _prepare_keys(circuit, keys))
+        return _interruptibly(lambda: artifact.execute(given))
+
+
+def _run_there(
+    directory: Path, server: str, inputs: list[Path], access: dict[str, Any]
+) -> list[Tensor]:
+    from fhe_fx.serving.client import connect
+
+    with connect(server, client=directory, **access) as connection:
+        return connection.run([_array(path) for path in inputs])
+
+
+def _write_on(
+    directory: Path, server: str, prompt: str, new_tokens: int, access: dict[str, Any]
+) -> str:
+    """Let a client's model continue a text, and return what it adds."""
+    from transformers import AutoTokenizer
+
+    from fhe_fx.export.pretrained import client_directory
+    from fhe_fx.serving.client import from_pretrained
+
+    model: Any = from_pretrained(directory, remote=server, **access)
+    tokenizer = AutoTokenizer.from_pretrained(client_directory(directory))
+    given = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**given, max_new_tokens=new_tokens, do_sample=False)
+    return str(tokenizer.decode(ids[0, given["input_ids"].shape[1] :]))
 
 
 def _array(path: Path) -> Tensor:
@@ -768,16 +871,16 @@ def keygen(
     passphrase_file: PassphraseFile = None,
 ) -> None:
     """Make a client's keys: secret keys that only you can read, evaluation keys for the server."""
-    from fhe_fx.serving.keys import keygen as make
+    from fhe_fx.serving.keys import make_keys
 
     passphrase = _passphrase(passphrase_file)
     with _progress("making keys") as show:
-        made = _interruptibly(lambda: make(client, keys, passphrase, show))
+        all_made = _interruptibly(lambda: make_keys(client, keys, passphrase, show))
     how = "encrypted under the passphrase" if passphrase else "readable by you alone"
-    _print(f"{made.secret}: secret keys, {how}; never give them away")
-    _print(
-        f"{made.evaluation}: {_size(made.evaluation.stat().st_size)} for the server, id {made.id}"
-    )
+    for made in all_made:
+        size = _size(made.evaluation.stat().st_size)
+        _print(f"{made.secret}: secret keys, {how}; never give them away")
+        _print(f"{made.evaluation}: {size} for the server, id {made.id}")
 
 
 def _passphrase(file: Path | None) -> str | None:

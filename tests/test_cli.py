@@ -71,6 +71,9 @@ def test_export_json_has_the_promised_keys(exported: tuple[Path, dict[str, Any]]
     assert summary["heads"] == [0]
     assert 0 < summary["validation"]["simulated_error_to_clear"] < 0.6
     assert sum(n["share"] for n in summary["nodes"]) == pytest.approx(1)
+    names = {p.name for p in (out / "client").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "README.md", "circuits"}
+    assert [p.name for p in (out / "server").iterdir()] == ["transformer.h.0.attn-heads-0"]
 
 
 def test_report_of_an_artefact(exported: tuple[Path, dict[str, Any]]) -> None:
@@ -129,18 +132,47 @@ def test_run_execute(tmp_path: Path) -> None:
     assert "others can read it (mode 0644)" in refused("run", out, *args)
 
 
+def test_export_of_the_circuit_alone_and_figures_for_the_card(tmp_path: Path) -> None:
+    model = "random:gpt2,n_layer=1,n_embd=4,n_head=1,n_inner=4,vocab_size=50"
+    part = ["--submodule", "h.0.mlp", "--tokens", "2", "--n-bits", "2", "--no-validate"]
+    figures = tmp_path / "evaluation.json"
+    stages = [{"stage": "clear", "metrics": {"top1": {"value": 0.875}}}]
+    settings = [{"n_bits": 2, "stages": stages}]
+    figures.write_text(json.dumps({"sentences": 40, "settings": settings}))
+    given = ["export", model, *part, "--evaluation", figures, "--out", tmp_path / "out"]
+    assert invoke(*given).exit_code == 0
+    card = (tmp_path / "out/client/README.md").read_text()
+    assert "| same next token as in float, clear, on 40 sentences | 0.875 |" in card
+    assert invoke(*given, "--circuit-only").exit_code == 0
+    assert {p.name for p in (tmp_path / "out/client").iterdir()} == {"client.zip", "manifest.json"}
+    assert refused(*given, "--n-bits", 3) == (
+        f"error: {figures} holds no setting of 3 bits; it holds: 2."
+    )
+    figures.write_text("{}")
+    assert "cannot be read as an evaluation (KeyError: 'settings')" in refused(*given)
+
+
 def test_run_refuses(exported: tuple[Path, dict[str, Any]], x: Path, tmp_path: Path) -> None:
     out = exported[0]
     assert refused("run", tmp_path / "none", "--input", x) == (
         f"error: There is no directory {tmp_path}/none."
     )
     assert refused("run", out, "--mode", "simulat", "--input", x) == (
-        "error: --mode 'simulat' is not one of clear, simulate, execute. Did you mean 'simulate'?"
+        "error: --mode 'simulat' is not one of clear, simulate, execute, remote. "
+        "Did you mean 'simulate'?"
     )
     assert refused("run", out, "--input", tmp_path / "x") == (
         f"error: There is no input file {tmp_path}/x."
     )
-    assert "--keys is for --mode execute" in refused("run", out, "--input", x, "--keys", "k")
+    assert "--keys is for --mode execute or remote" in refused(
+        "run", out, "--input", x, "--keys", "k"
+    )
+    assert refused("run", out, "--mode", "remote", "--input", x) == (
+        "error: --mode remote and --server URL go together."
+    )
+    assert refused("run", out, "--prompt", "He") == (
+        "error: Give --input X.npy; or, with --mode remote, --prompt TEXT."
+    )
     np.save(tmp_path / "bad.npy", np.zeros(3))
     assert "Input 0 has shape [3]" in refused("run", out, "--input", tmp_path / "bad.npy")
     assert "there is no directory none." in refused("run", out, "--input", x, "--output", "none/y")
@@ -192,6 +224,7 @@ def test_exported_program(tmp_path: Path) -> None:
     result = invoke("export", *part, "--out", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["validation"]["is_clear_equal"]
+    assert {p.name for p in (tmp_path / "out/client").iterdir()} == {"client.zip", "manifest.json"}
     assert "shapes are fixed in a .pt2" in refused("report", *part, "--tokens", 9)
 
 

@@ -12,9 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fhe_fx.errors import InputError
 from fhe_fx.evaluate.metrics import METRICS, Estimate
 
-__all__ = ["Evaluation", "SettingResult", "StageResult", "load_setting", "write_text"]
+__all__ = [
+    "Evaluation",
+    "SettingResult",
+    "StageResult",
+    "card_figures",
+    "load_setting",
+    "write_text",
+]
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,41 @@ class Evaluation:
         for path, content in files.items():
             write_text(path, content)
         return list(files)
+
+
+def card_figures(path: Path, n_bits: int) -> dict[str, float]:
+    """Read from an evaluation.json what a model card says about accuracy.
+
+    Args:
+        path: written by `Evaluation.write`.
+        n_bits: the setting.
+
+    Returns:
+        How often the most likely next token is the float model's, by stage.
+
+    Raises:
+        InputError: if the file cannot be read, or holds no such setting.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        settings = {int(s["n_bits"]): s for s in found["settings"]}
+        stages = settings[n_bits]["stages"] if n_bits in settings else None
+        text = f"on {int(found['sentences'])} sentences"
+        figures = {
+            f"same next token as in float, {s['stage']}, {text}": float(
+                s["metrics"]["top1"]["value"]
+            )
+            for s in stages or []
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} cannot be read as an evaluation ({type(error).__name__}: {error}). Make one "
+            f"with: fhe-fx evaluate MODEL --submodule ... --out DIR"
+        ) from error
+    if not figures:
+        known = ", ".join(map(str, sorted(settings)))
+        raise InputError(f"{path} holds no setting of {n_bits} bits; it holds: {known}.")
+    return figures
 
 
 def _line(setting: SettingResult, stage: StageResult) -> str:

@@ -5,10 +5,13 @@ from fhe_fx.export.bundle import (
     ClientBundle,
     ServerBundle,
     load_client_bundle,
+    load_client_bundles,
     load_server_bundle,
 )
 from fhe_fx.export.directory import check_destination
 from fhe_fx.export.manifest import MANIFEST, read_manifest
+from fhe_fx.export.model import save
+from fhe_fx.export.pretrained import load_client_model
 from fhe_fx.export.region import export_region
 
 __all__ = [
@@ -21,6 +24,9 @@ __all__ = [
     "export_region",
     "load_artifact",
     "load_client_bundle",
+    "load_client_bundles",
+    "load_client_model",
     "load_server_bundle",
     "read_manifest",
+    "save",
 ]

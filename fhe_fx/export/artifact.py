@@ -19,7 +19,7 @@ from fhe_fx.backends.reference import ReferenceBackend
 from fhe_fx.errors import ArtifactError
 from fhe_fx.export.archive import unpack
 from fhe_fx.export.graph import GRAPH_ENTRIES, graph_from_entries
-from fhe_fx.export.manifest import MANIFEST, checked_file, read_manifest
+from fhe_fx.export.manifest import MANIFEST, check_files, read_manifest
 from fhe_fx.runtime.codec import CODEC_ENTRIES, Codec
 
 if TYPE_CHECKING:
@@ -34,19 +34,25 @@ __all__ = [
     "FILES",
     "GRAPH",
     "PARTIES",
+    "PARTY_FILES",
     "SERVER",
     "SERVER_ENTRIES",
     "SPECS",
+    "WHOLE",
     "Artifact",
     "load_artifact",
     "simulated",
 ]
 
 CLIENT, SERVER, GRAPH = "client.zip", "server.zip", "graph.txt"
-PARTIES = {f"client/{CLIENT}": CLIENT, f"server/{SERVER}": SERVER, f"server/{GRAPH}": GRAPH}
+WHOLE = (CLIENT, SERVER, GRAPH)
+"""What an artefact is made of, beside its manifest."""
+PARTY_FILES = {"client": (CLIENT,), "server": (SERVER, GRAPH)}
+"""Which of them each party is handed."""
+PARTIES = {f"{party}/{name}": name for party, names in PARTY_FILES.items() for name in names}
 """The same files in the directories that are handed to the two parties."""
-FILES = (CLIENT, SERVER, GRAPH, *PARTIES, f"client/{MANIFEST}", f"server/{MANIFEST}")
-"""The files of an artefact beside its manifest."""
+FILES = (*WHOLE, *PARTIES, f"client/{MANIFEST}", f"server/{MANIFEST}")
+"""The files of an artefact and its two bundles, beside its manifest."""
 
 SPECS = "client.specs.json"
 EXECUTION_FILES = (
@@ -156,9 +162,10 @@ def load_artifact(directory: str | Path) -> Artifact:
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    if not isinstance(manifest.get("files"), dict) or set(manifest["files"]) != set(FILES):
+    if not isinstance(manifest.get("files"), dict) or not set(WHOLE) <= set(manifest["files"]):
         raise ArtifactError(
-            f"{directory / MANIFEST} was altered: it does not list {', '.join(FILES)}."
+            f"{directory / MANIFEST} was altered: it does not list {', '.join(WHOLE)}."
         )
-    files = {name: checked_file(directory, name, manifest) for name in FILES}
+    check_files(directory, manifest)
+    files = {name: (directory / name).read_bytes() for name in WHOLE}
     return Artifact(directory, manifest, files)

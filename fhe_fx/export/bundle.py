@@ -23,24 +23,31 @@ from fhe_fx.export.artifact import (
 )
 from fhe_fx.export.manifest import (
     CLIENT_FORMAT,
+    CLIENT_MODEL_FORMAT,
     MANIFEST,
     SERVER_FORMAT,
+    check_files,
     checked_file,
     file_entry,
     read_manifest,
+    stated_format,
 )
 from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.region import Region
 
 __all__ = [
+    "CIRCUITS",
     "ClientBundle",
     "ServerBundle",
     "bundle_id",
     "load_client_bundle",
+    "load_client_bundles",
     "load_server_bundle",
     "party_manifest",
 ]
 
+CIRCUITS = "circuits"
+"""Directory of a client's model that holds a bundle for each part."""
 _FORMATS = {"client": CLIENT_FORMAT, "server": SERVER_FORMAT}
 _SHARED = ("schema", "versions", "name", "module_path", "heads", "inputs", "results", "bundle")
 _COSTS = ("look_ups", "complexity", "key_bytes", "input_bytes", "output_bytes", "p_error")
@@ -75,7 +82,7 @@ def bundle_id(client: bytes, server: bytes) -> str:
 
 
 def party_manifest(
-    party: str, manifest: Mapping[str, Any], region: Region, files: Mapping[str, bytes]
+    party: str, manifest: Mapping[str, Any], region: Region, files: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the manifest of one party's directory, with nothing in it that is the other's.
 
@@ -83,7 +90,7 @@ def party_manifest(
         party: "client" or "server".
         manifest: of the whole artefact, with its bundle id.
         region: that is exported.
-        files: content by path in the artefact.
+        files: size and sha256 of the party's files, by name.
     """
     from fhe_fx.backends.concrete.artifact import client_specs, keyset_id, wire_format
 
@@ -96,11 +103,7 @@ def party_manifest(
         "keyset": keyset_id(specs),
         "wire": wire_format(specs),
         "cost": {k: manifest["cost"][k] for k in _COSTS},
-        "files": {
-            name.removeprefix(f"{party}/"): file_entry(content)
-            for name, content in files.items()
-            if name.startswith(f"{party}/")
-        },
+        "files": dict(files),
     }
 
 
@@ -114,6 +117,21 @@ def load_client_bundle(directory: str | Path) -> ClientBundle:
     manifest, files = _checked(directory, CLIENT_FORMAT, {"client.zip"})
     entries = unpack("client.zip", files["client.zip"], CLIENT_ENTRIES)
     return ClientBundle(manifest, entries[SPECS], Codec.from_entries(entries))
+
+
+def load_client_bundles(directory: str | Path) -> dict[Path, ClientBundle]:
+    """Read a client's bundle, or those of all parts of a client's model, by their directories.
+
+    Raises:
+        ArtifactError: as `load_client_bundle`.
+    """
+    directory = Path(directory)
+    if stated_format(directory) != CLIENT_MODEL_FORMAT:
+        return {directory: load_client_bundle(directory)}
+    manifest = read_manifest(directory, format=CLIENT_MODEL_FORMAT)
+    check_files(directory, manifest)
+    names = [str(name) for part in manifest["parts"] for name in part["circuits"]]
+    return {directory / CIRCUITS / n: load_client_bundle(directory / CIRCUITS / n) for n in names}
 
 
 def load_server_bundle(directory: str | Path) -> ServerBundle:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from fhe_fx.errors import ArtifactError
-from fhe_fx.export.manifest import MANIFEST, read_manifest
+from fhe_fx.export.manifest import FORMAT, MANIFEST, MODEL_FORMAT, read_manifest, stated_format
 
 __all__ = ["check_destination", "new_directory"]
 
@@ -35,17 +36,31 @@ def check_destination(directory: str | Path, files: Collection[str]) -> None:
         raise ArtifactError(f"{directory} is a file; give the name of a directory.")
     if not any(directory.iterdir()):
         return
-    known = {MANIFEST, *files, *(name.partition("/")[0] for name in files)}
+    known = {str(p) for name in (MANIFEST, *files, *_listed(directory)) for p in _path_to(name)}
     held = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*"))
     if extra := [name for name in held if name not in known]:
         raise ArtifactError(
             f"{directory} holds {extra[0]!r}, which no export wrote, so it is not replaced. "
             f"Give another directory."
         )
+    format = MODEL_FORMAT if stated_format(directory) == MODEL_FORMAT else FORMAT
     try:
-        read_manifest(directory, check_versions=False)
+        read_manifest(directory, check_versions=False, format=format)
     except ArtifactError as error:
         raise ArtifactError(f"{directory} is not replaced: {error}") from error
+
+
+def _listed(directory: Path) -> list[str]:
+    """Return the paths that a manifest lists, if there is one that can be read."""
+    try:
+        return [str(name) for name in json.loads((directory / MANIFEST).read_bytes())["files"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def _path_to(name: str) -> list[PurePosixPath]:
+    path = PurePosixPath(name)
+    return [path, *path.parents]
 
 
 @contextlib.contextmanager

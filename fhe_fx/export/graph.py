@@ -1,54 +1,39 @@
-"""An integer program as JSON and safetensors, and back: nothing in it is executed to read it.
+"""Graphs as JSON and safetensors, and back: nothing in a file is executed to read it.
 
-The dialect has a dozen operators, so the file is a list of calls by name. It holds the weights of
-the encrypted part and belongs to the server.
+The dialect has a dozen operators, so a graph is a list of calls by name. The integer program holds
+the weights of the encrypted part and belongs to the server.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, cast
 
 import torch
 from safetensors import torch as safetensors
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from fhe_fx.errors import ArtifactError
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.program import Program
 
-__all__ = ["GRAPH_ENTRIES", "graph_from_entries", "graph_to_entries"]
+__all__ = ["GRAPH_ENTRIES", "describe", "graph_from_entries", "graph_to_entries", "rebuild"]
+
+Operator = Callable[..., Any]
 
 GRAPH_ENTRIES = ("program.json", "program.safetensors")
 """Entries of server.zip that hold the integer program."""
 
-_OPERATORS = {str(op): op for op in d.INTEGER_OPS}
+_OPERATORS: dict[str, Operator] = {str(op): op for op in d.INTEGER_OPS}
 
 
 def graph_to_entries(program: Program) -> dict[str, bytes]:
     """Write an integer program."""
-    nodes = [n for n in program.graph.nodes if n.op != "get_attr"]
-    used = {a for n in nodes for a in n.all_input_nodes if a.op == "get_attr"}
-    names = {n: f"c{i}" for i, n in enumerate(n for n in program.graph.nodes if n in used)}
-    tensors = {name: d.constant(n).contiguous().clone() for n, name in names.items()}
-    numbers = {n: i for i, n in enumerate(nodes)}
-
-    def written(arg: Any) -> Any:
-        if isinstance(arg, fx.Node):
-            return {"constant": names[arg]} if arg in names else {"node": numbers[arg]}
-        if isinstance(arg, (list, tuple)):
-            return [written(a) for a in arg]
-        assert arg is None or isinstance(arg, (bool, int)), arg
-        return arg
-
-    calls = []
-    for n in nodes:
-        op = str(n.target) if n.op == "call_function" else n.op
-        args = written(n.args) if n.op != "placeholder" else []
-        assert not n.kwargs, f"{n} has keyword arguments"
-        calls.append({"op": op, "args": args})
-    text = json.dumps({"name": program.name, "nodes": calls})
+    tensors: dict[str, Tensor] = {}
+    nodes = describe(program.module, tensors)["nodes"]
+    text = json.dumps({"name": program.name, "nodes": nodes})
     return dict(zip(GRAPH_ENTRIES, (text.encode(), safetensors.save(tensors)), strict=True))
 
 
@@ -64,7 +49,7 @@ def graph_from_entries(entries: Mapping[str, bytes]) -> Program:
     try:
         written = json.loads(entries[GRAPH_ENTRIES[0]])
         tensors = safetensors.load(entries[GRAPH_ENTRIES[1]])
-        module = _build(written["nodes"], tensors)
+        module = rebuild({"nodes": written["nodes"]}, tensors, _OPERATORS.__getitem__)
         return Program(module, name=str(written["name"]), properties={"integer"})
     except Exception as error:  # whatever the bytes hold, the answer is one sentence
         raise ArtifactError(
@@ -73,10 +58,69 @@ def graph_from_entries(entries: Mapping[str, bytes]) -> Program:
         ) from error
 
 
-def _build(calls: list[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+def describe(
+    module: fx.GraphModule,
+    tensors: dict[str, Tensor],
+    prefix: str = "",
+    left_out: Collection[str] = (),
+) -> dict[str, Any]:
+    """Describe a graph in terms of JSON.
+
+    Args:
+        module: calls operators, and modules that are graphs themselves.
+        tensors: receives its constants.
+        prefix: of their names.
+        left_out: names of modules that are called and not described.
+
+    Returns:
+        "nodes", a list of calls; "modules", what is called in them by name.
+
+    Raises:
+        ArtifactError: if an argument is neither a number, a word nor a tensor.
+    """
+    nodes = [n for n in module.graph.nodes if n.op != "get_attr"]
+    used = {a for n in nodes for a in n.all_input_nodes if a.op == "get_attr"}
+    constants = [n for n in module.graph.nodes if n in used]
+    names = {n: f"{prefix}c{i}" for i, n in enumerate(constants)}
+    tensors |= {name: d.constant(n).contiguous().clone() for n, name in names.items()}
+    numbers = {n: i for i, n in enumerate(nodes)}
+
+    def written(arg: Any) -> Any:
+        if isinstance(arg, fx.Node):
+            return {"constant": names[arg]} if arg in names else {"node": numbers[arg]}
+        if isinstance(arg, (list, tuple)):
+            return [written(a) for a in arg]
+        if arg is None or isinstance(arg, (bool, int, float, str)):
+            return arg
+        raise ArtifactError(f"An argument of type {type(arg).__name__} cannot be written: {arg!r}.")
+
+    calls, modules = [], {}
+    for n in nodes:
+        call = {"op": n.op, "args": written(n.args) if n.op != "placeholder" else []}
+        if n.op == "call_function":
+            call["op"] = str(n.target) if isinstance(n.target, OpOverload) else n.target.__name__
+        elif n.op == "call_module":
+            name = call["module"] = str(n.target)
+            if name not in left_out:
+                inner = cast(fx.GraphModule, module.get_submodule(name))
+                modules[name] = describe(inner, tensors, f"{prefix}{name}.")
+        if n.kwargs:
+            call["kwargs"] = {k: written(v) for k, v in n.kwargs.items()}
+        calls.append(call)
+    return {"nodes": calls, "modules": modules}
+
+
+def rebuild(
+    described: Mapping[str, Any], tensors: Mapping[str, Tensor], operator: Callable[[str], Operator]
+) -> fx.GraphModule:
+    """Build a graph again from what `describe` returned.
+
+    Args:
+        described: nodes and modules; a module that was left out is one that cannot be called.
+        tensors: constants by the names given to `describe`.
+        operator: returns the operator of a name, or raises.
+    """
     root, graph = torch.nn.Module(), fx.Graph()
-    for name, value in tensors.items():
-        root.register_buffer(name, value)
     made: list[fx.Node] = []
     constants: dict[str, fx.Node] = {}
 
@@ -89,16 +133,26 @@ def _build(calls: list[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> fx.
             return made[arg["node"]]
         name = arg["constant"]
         if name not in constants:
-            constants[name] = graph.get_attr(name)
+            attribute = name.rpartition(".")[2]
+            root.register_buffer(attribute, tensors[name])
+            constants[name] = graph.get_attr(attribute)
         return constants[name]
 
-    for number, call in enumerate(calls):
+    for number, call in enumerate(described["nodes"]):
         args = tuple(read(call["args"]))
         if call["op"] == "placeholder":
             made.append(graph.placeholder(f"input_{number}"))
         elif call["op"] == "output":
-            made.append(graph.output(tuple(args[0])))
+            made.append(graph.output(tuple(args[0]) if isinstance(args[0], list) else args[0]))
+        elif call["op"] == "call_module":
+            name = call["module"]
+            inner = described["modules"].get(name)
+            root.add_module(
+                name, torch.nn.Module() if inner is None else rebuild(inner, tensors, operator)
+            )
+            made.append(graph.call_module(name, args))
         else:
-            made.append(graph.call_function(_OPERATORS[call["op"]], args))
+            kwargs = {k: read(v) for k, v in call.get("kwargs", {}).items()}
+            made.append(graph.call_function(operator(call["op"]), args, kwargs))
     graph.lint()
     return fx.GraphModule(root, graph)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fhe_fx.errors import ArtifactError
@@ -13,14 +14,19 @@ from fhe_fx.report.machine import installed_version
 
 __all__ = [
     "CLIENT_FORMAT",
+    "CLIENT_MODEL_FORMAT",
     "FORMAT",
     "MANIFEST",
+    "MODEL_FORMAT",
     "SCHEMA",
     "SERVER_FORMAT",
+    "check_files",
     "checked_file",
+    "file_entries",
     "file_entry",
     "machine",
     "read_manifest",
+    "stated_format",
     "versions",
     "write_manifest",
 ]
@@ -32,7 +38,9 @@ FORMAT, CLIENT_FORMAT, SERVER_FORMAT = (
     "fhe_fx server bundle",
 )
 """What a directory is: the whole, for who exports, and the two parts that are handed out."""
-_FORMATS = (FORMAT, CLIENT_FORMAT, SERVER_FORMAT)
+MODEL_FORMAT, CLIENT_MODEL_FORMAT = "fhe_fx model", "fhe_fx client model"
+"""A model of which several parts were exported, and what a client gets of it, of one or several."""
+_FORMATS = (FORMAT, CLIENT_FORMAT, SERVER_FORMAT, MODEL_FORMAT, CLIENT_MODEL_FORMAT)
 SCHEMA = 2
 _MAX_MANIFEST = 64 << 20
 _PACKAGES = ("fhe_fx", "torch", "concrete-python", "numpy")
@@ -51,6 +59,15 @@ def machine() -> dict[str, str]:
 def file_entry(content: bytes) -> dict[str, Any]:
     """Return size and sha256 of a file."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def file_entries(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return size and sha256 of every file below a directory but its own manifest, by path."""
+    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST)
+    return {
+        p.relative_to(directory).as_posix(): {"bytes": p.stat().st_size, "sha256": _digest_of(p)}
+        for p in paths
+    }
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
@@ -92,6 +109,17 @@ def read_manifest(
             f"Export the region again."
         )
     return manifest
+
+
+def stated_format(directory: Path) -> str | None:
+    """Return what a directory says that it is; None if it does not say."""
+    path = directory / MANIFEST
+    try:
+        if path.stat().st_size > _MAX_MANIFEST:
+            return None
+        return str(json.loads(path.read_bytes())["format"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _parse(directory: Path, format: str) -> dict[str, Any]:
@@ -148,7 +176,25 @@ def checked_file(directory: Path, name: str, manifest: dict[str, Any]) -> bytes:
     Raises:
         ArtifactError: if it is missing, truncated or altered.
     """
-    path, stated = directory / name, manifest["files"][name]
+    check_files(directory, manifest, [name])
+    return (directory / name).read_bytes()
+
+
+def check_files(
+    directory: Path, manifest: dict[str, Any], names: Iterable[str] | None = None
+) -> None:
+    """Check size and sha256 of the files that a manifest lists, or of some of them.
+
+    Raises:
+        ArtifactError: names one that is missing, truncated, altered or elsewhere.
+    """
+    for name in manifest["files"] if names is None else names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ArtifactError(f"{directory / MANIFEST} was altered: it lists {name!r}.")
+        _check_file(directory / name, manifest["files"][name])
+
+
+def _check_file(path: Path, stated: dict[str, Any]) -> None:
     if not path.is_file():
         raise ArtifactError(f"{path} is missing. Export the region again.")
     size = path.stat().st_size
@@ -158,9 +204,15 @@ def checked_file(directory: Path, name: str, manifest: dict[str, Any]) -> bytes:
             f"{path} is {word}: it has {size:,} bytes, {stated['bytes']:,} were written. "
             f"Export the region again."
         )
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != stated["sha256"]:
+    if _digest_of(path) != stated["sha256"]:
         raise ArtifactError(
             f"{path} was altered: its sha256 is not the one in {MANIFEST}. Export the region again."
         )
-    return content
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

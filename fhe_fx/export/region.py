@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fhe_fx.export.artifact import (
     CLIENT,
     FILES,
     GRAPH,
-    PARTIES,
+    PARTY_FILES,
     SERVER,
     SPECS,
     Artifact,
@@ -28,13 +28,21 @@ from fhe_fx.export.artifact import (
 from fhe_fx.export.bundle import bundle_id, party_manifest
 from fhe_fx.export.directory import new_directory
 from fhe_fx.export.graph import graph_to_entries
-from fhe_fx.export.manifest import FORMAT, SCHEMA, file_entry, machine, versions, write_manifest
+from fhe_fx.export.manifest import (
+    FORMAT,
+    SCHEMA,
+    file_entries,
+    file_entry,
+    machine,
+    versions,
+    write_manifest,
+)
 from fhe_fx.ir import dialect as d
 from fhe_fx.report import report_on
 from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.region import Region
 
-__all__ = ["export_region", "validate"]
+__all__ = ["export_region", "validate", "write_region"]
 
 VALIDATION_SAMPLES = 8
 NOISIER_AT_MOST = 3.0
@@ -72,29 +80,64 @@ def export_region(
         BitWidthError: if the region cannot be compiled.
     """
     with new_directory(directory, FILES) as partial:
-        on_stage("compiling")
-        region.circuit()
-        on_stage("writing")
-        manifest = _manifest(region, origin)
-        files = _files(region)
-        bundle = bundle_id(files[CLIENT], files[SERVER])
-        for name, content in files.items():
-            (partial / name).write_bytes(content)
-        handed_out = {copy: files[name] for copy, name in PARTIES.items()}
-        for party in ("client", "server"):
-            (partial / party).mkdir()
-            own = party_manifest(party, {**manifest, "bundle": bundle}, region, handed_out)
-            write_manifest(partial / party, own)
-        for copy, name in PARTIES.items():
-            _link(partial / name, partial / copy)
-        for name in FILES:
-            manifest["files"][name] = file_entry((partial / name).read_bytes())
+        manifest = write_region(
+            region,
+            partial,
+            {party: partial / party for party in ("client", "server")},
+            validate,
+            origin=origin,
+            on_stage=on_stage,
+        )
+        manifest["files"] = file_entries(partial)
         write_manifest(partial, manifest)
-        if validate:
-            on_stage("validating")
-            with load_artifact(partial) as artifact:
-                manifest["validation"] = _validate(region, artifact)
-            write_manifest(partial, manifest)
+    return manifest
+
+
+def write_region(
+    region: Region,
+    directory: Path,
+    parties: Mapping[str, Path],
+    validate: bool,
+    *,
+    origin: str,
+    on_stage: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write an artefact into a directory that exists; see `export_region`.
+
+    Args:
+        region: compiled here unless it is already.
+        directory: gets the whole.
+        parties: "client" and "server": directories that are made, and get what each is handed.
+        validate: whether to reload and compare.
+        origin: the model that the region comes from, for the manifest.
+        on_stage: told what is being done, in two words.
+
+    Returns:
+        The manifest, which is written too.
+    """
+    on_stage("compiling")
+    region.circuit()
+    on_stage("writing")
+    manifest = _manifest(region, origin)
+    files = _files(region)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    bundle = bundle_id(files[CLIENT], files[SERVER])
+    for party, names in PARTY_FILES.items():
+        parties[party].mkdir(parents=True)
+        for name in names:
+            _link(directory / name, parties[party] / name)
+        own = {name: file_entry(files[name]) for name in names}
+        write_manifest(
+            parties[party], party_manifest(party, {**manifest, "bundle": bundle}, region, own)
+        )
+    manifest["files"] = {name: file_entry(content) for name, content in files.items()}
+    write_manifest(directory, manifest)
+    if validate:
+        on_stage("validating")
+        with load_artifact(directory) as artifact:
+            manifest["validation"] = _validate(region, artifact)
+        write_manifest(directory, manifest)
     return manifest
 
 
@@ -151,10 +194,17 @@ def _manifest(region: Region, origin: str) -> dict[str, Any]:
             "results": [p.summary() for p in codec.results],
         },
         "parameters": list(region.facts.parameters) if region.facts else [],
+        "security_bits": _security_bits(region),
         "cost": cost,
         "validation": None,
         "files": {},
     }
+
+
+def _security_bits(region: Region) -> int:
+    from fhe_fx.backends.concrete.artifact import security_bits
+
+    return security_bits(region.circuit())
 
 
 def _heads(region: Region) -> list[int] | None:

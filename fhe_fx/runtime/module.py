@@ -321,6 +321,18 @@ class EncryptedModule(StandIn):
                 f"{self.region.name}: {', '.join(caches)} is a key/value cache, and a circuit has "
                 f"no past. Pass use_cache=False."
             )
+        self._check_effect(changed, args, kwargs, samples, rows, result_axes)
+
+    def _check_effect(
+        self,
+        changed: Sequence[str],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        samples: list[list[Tensor]],
+        rows: _Rows | None,
+        result_axes: dict[int, int],
+    ) -> None:
+        """Refuse arguments that change the result; the float submodule tells."""
         expected = self._in_float32(args, kwargs)
         weights = [p.dtype for p in self.parameters() if p.is_floating_point()]
         allowed = max([CHANGED_BEYOND, *(2 * torch.finfo(t).eps for t in weights)])

@@ -23,7 +23,7 @@ from fhe_fx.runtime.ranges import RangeWatch
 if TYPE_CHECKING:
     from fhe_fx.backends.concrete import ConcreteCircuit
 
-__all__ = ["MODES", "Region", "Remote"]
+__all__ = ["MODES", "Region", "Remote", "run_composed"]
 
 MODES = ("disable", "clear", "simulate", "execute", "remote")
 """Float; integers by the reference; with modelled noise; encrypted here; encrypted elsewhere."""
@@ -80,6 +80,16 @@ class Region:
             f"state_dict has the same names) and encrypt it again, or write the circuit with "
             f"`fhe-fx export`."
         )
+
+    @property
+    def circuit_name(self) -> str:
+        """Dotted path, and the heads if some were chosen; circuits are known by it."""
+        return self.program.name
+
+    @property
+    def codec(self) -> Codec:
+        """Encodings of the circuit's inputs and results."""
+        return Codec.of(self.program)
 
     @property
     def is_compiled(self) -> bool:
@@ -154,14 +164,7 @@ class Region:
 
     def run_many(self, samples: Sequence[Sequence[Tensor]], mode: str) -> list[tuple[Tensor, ...]]:
         """Run several samples; in mode "clear" they go through the circuit together."""
-        with torch.no_grad():
-            runs = [_Composed(self.composed) for _ in samples]
-            inputs = [
-                run.until_circuit([x.detach().float().cpu() for x in sample])
-                for run, sample in zip(runs, samples, strict=True)
-            ]
-            results = self.run_circuits(inputs, mode)
-            return [run.from_circuit(r) for run, r in zip(runs, results, strict=True)]
+        return run_composed(self.composed, samples, lambda inputs: self.run_circuits(inputs, mode))
 
     def run_circuit(self, inputs: Sequence[Tensor], mode: str) -> list[Tensor]:
         """Quantize, run the circuit in one of its modes, and return real results."""
@@ -171,7 +174,7 @@ class Region:
         """Do the same for several samples."""
         if mode == "clear" and self.watch is not None:
             return self.watch.run(samples)
-        codec = Codec.of(self.program)
+        codec = self.codec
         encoded = [codec.encode(inputs) for inputs in samples]
         if mode == "clear":
             found = ReferenceBackend().compile(self.program).clear_many(encoded)
@@ -185,6 +188,27 @@ class Region:
             assert self.remote is not None, "the mode was not checked"
             return self.remote.execute
         return self.circuit().simulate if mode == "simulate" else self.circuit().execute
+
+
+def run_composed(
+    composed: fx.GraphModule,
+    samples: Sequence[Sequence[Tensor]],
+    circuit: Callable[[list[tuple[Tensor, ...]]], Sequence[Sequence[Tensor]]],
+) -> list[tuple[Tensor, ...]]:
+    """Run samples through prefix, circuit and suffix.
+
+    Args:
+        composed: calls the three.
+        samples: for each, one tensor for each encrypted input of the submodule.
+        circuit: given what enters the circuit for each sample, returns what leaves it.
+    """
+    with torch.no_grad():
+        runs = [_Composed(composed) for _ in samples]
+        inputs = [
+            run.until_circuit([x.detach().float().cpu() for x in sample])
+            for run, sample in zip(runs, samples, strict=True)
+        ]
+        return [run.from_circuit(r) for run, r in zip(runs, circuit(inputs), strict=True)]
 
 
 class _Composed(fx.Interpreter):

@@ -25,6 +25,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 from fhe_fx.errors import WireError
 from fhe_fx.serving.engine import Engine
@@ -47,12 +48,10 @@ _ID = r"^[0-9a-f]{64}$"
 _RUN = r"^[0-9a-f]{32}$"
 Sha = Annotated[str, InPath(pattern=_ID)]
 RunId = Annotated[str, InPath(pattern=_RUN)]
-_BINARY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    }
-}
+_BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_BINARY = {"requestBody": {"required": True, "content": _BYTES}}
+_PIECE = {"requestBody": {"required": False, "content": _BYTES}}
+"""None are sent where all came before, and only the last check was cut off."""
 _Answers = dict[int | str, dict[str, Any]]
 _HELD: _Answers = {401: {}, 404: {}}
 _UPLOAD: _Answers = {
@@ -183,7 +182,10 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def http(request: Request, error: StarletteHTTPException) -> Response:
-        return _error(error.status_code, str(error.detail), error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the framework names the methods of one route only
+            headers["Allow"] = ", ".join(_allowed(app, request))
+        return _error(error.status_code, str(error.detail), headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -213,6 +215,13 @@ def _add_errors(app: FastAPI) -> None:
         )  # fmt: skip
 
 
+def _allowed(app: FastAPI, request: Request) -> list[str]:
+    """Return the methods that the path of a request takes."""
+    path = request.scope["path"]
+    routes = [r for r in app.routes if isinstance(r, Route) and r.path_regex.match(path)]
+    return sorted({method for route in routes for method in route.methods or ()})
+
+
 def _add_observation(app: FastAPI, server: _Server) -> None:
     @app.middleware("http")
     async def observe(request: Request, call_next: _Next) -> Response:
@@ -228,6 +237,7 @@ def _add_observation(app: FastAPI, server: _Server) -> None:
         server.metrics.requests.labels(method, route, str(status)).inc()
         _log("request", method=method, route=route, status=status,
              bytes=request.headers.get("content-length", "0")[:20],
+             sent=response.headers.get("content-length", "0"),
              seconds=round(time.monotonic() - start, 4))  # fmt: skip
         return response
 
@@ -311,7 +321,7 @@ def _add_keys(app: FastAPI, server: _Server, tenant: Any) -> None:
         """Say how many bytes of evaluation keys came, so that an upload can go on."""
         return state(who, key)
 
-    @app.patch("/v1/keys/{key}", responses=_UPLOAD, openapi_extra=_BINARY)
+    @app.patch("/v1/keys/{key}", responses=_UPLOAD, openapi_extra=_PIECE)
     async def upload(
         request: Request,
         key: Sha,

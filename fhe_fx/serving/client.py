@@ -11,6 +11,7 @@ import random
 import re
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 
 from fhe_fx.backends.base import Integers
 from fhe_fx.errors import InputError, RemoteError, TargetError
-from fhe_fx.export.bundle import ClientBundle, load_client_bundle
-from fhe_fx.runtime.codec import Codec
+from fhe_fx.export.bundle import ClientBundle, load_client_bundles
+from fhe_fx.export.pretrained import client_directory, load_client_model
 from fhe_fx.runtime.standin import stand_ins
-from fhe_fx.serving.keys import StoredKeys, keys_directory, stored_keys
+from fhe_fx.serving.keys import StoredKeys, key_place, stored_keys
 from fhe_fx.serving.wire import ResultEncoding, kept_bits, pack_inputs, unpack_results
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from fhe_fx.backends.concrete.parties import ConcreteClient
 
-__all__ = ["Connection", "RemoteCircuit", "connect"]
+__all__ = ["Connection", "RemoteCircuit", "connect", "from_pretrained"]
 
 PATIENCE = 60.0
 """Seconds for which a request is repeated while the server cannot be reached or is busy."""
@@ -59,7 +60,7 @@ def connect(
 
     Args:
         url: of a server that `fhe-fx serve` runs.
-        client: the client's directory of an export, or several.
+        client: the client's directory of an export, of a part or of a model; or several.
         token: the bearer token that names the tenant.
         model: gets mode "remote" for the parts that were exported; see `Connection.attach`.
         keys: directory that `fhe-fx keygen` wrote; by default `CLIENT.keys` beside the bundle.
@@ -74,7 +75,13 @@ def connect(
     paths = [client] if isinstance(client, (str, Path)) else list(client)
     http = _Http(url, token, on_stage)
     try:
-        circuits = [_circuit(http, Path(p), keys, passphrase, timeout) for p in paths]
+        circuits = [
+            _circuit(
+                http, bundle, folder, key_place(path, keys, folder, bundle), passphrase, timeout
+            )
+            for path in map(client_directory, paths)
+            for folder, bundle in load_client_bundles(path).items()
+        ]
         connection = Connection(http, circuits)
         if model is not None:
             connection.attach(model)
@@ -82,6 +89,36 @@ def connect(
         http.close()
         raise
     return connection
+
+
+def from_pretrained(
+    directory: str | Path,
+    *,
+    remote: str | None = None,
+    model: nn.Module | type | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Load the client's side of a model; its encrypted parts run on a server.
+
+    Args:
+        directory: `client` of what `fhe_fx.save` wrote, or the directory that holds it.
+        remote: URL of a server that `fhe-fx serve` runs; the model is then in mode "remote", and
+            the connection is closed when the model is no longer used. Without it, `connect` with
+            `model=` gives a connection of your own.
+        model: an instance of the architecture, with any weights, where it is none of transformers.
+        options: `token`, `keys`, `passphrase`, `timeout` and `on_stage` of `connect`.
+
+    Raises:
+        ArtifactError: if files or keys are missing, damaged, or cannot be read.
+        RemoteError: if the server cannot be reached, refuses, or serves another export.
+    """
+    loaded = load_client_model(directory, model)
+    if remote is not None:
+        connection = connect(remote, client=client_directory(directory), model=loaded, **options)
+        weakref.finalize(loaded, connection.close)
+        for stand_in in stand_ins(loaded):
+            stand_in.mode = "remote"
+    return loaded
 
 
 class Connection:
@@ -106,7 +143,8 @@ class Connection:
         """Let `set_mode(model, "remote")` run the exported parts of a model on the server.
 
         Args:
-            model: returned by `encrypt_submodule`, as it was when it was exported.
+            model: loaded from the client's directory, or returned by `encrypt_submodule` as it was
+                when it was exported.
 
         Raises:
             TargetError: if the model has no part of that name.
@@ -114,15 +152,15 @@ class Connection:
         """
         parts = [part.region for stand_in in stand_ins(model) for part in stand_in.parts]
         for circuit in self.circuits:
-            named = [r for r in parts if r.program.name == circuit.name]
+            named = [r for r in parts if r.circuit_name == circuit.name]
             if not named:
-                known = ", ".join(r.program.name for r in parts) or "none"
+                known = ", ".join(r.circuit_name for r in parts) or "none"
                 raise TargetError(
                     f"The bundle is of {circuit.name!r}; the encrypted parts of "
                     f"{type(model).__name__} are: {known}."
                 )
             entries = circuit.codec.to_entries()
-            same = [r for r in named if Codec.of(r.program).to_entries() == entries]
+            same = [r for r in named if r.codec.to_entries() == entries]
             if not same:
                 raise RemoteError(
                     f"{circuit.name}: the model encodes its inputs or results otherwise than "
@@ -218,11 +256,15 @@ class RemoteCircuit:
 
 
 def _circuit(
-    http: _Http, path: Path, keys: str | Path | None, passphrase: str | None, timeout: float
+    http: _Http,
+    bundle: ClientBundle,
+    path: Path,
+    keys: Path,
+    passphrase: str | None,
+    timeout: float,
 ) -> RemoteCircuit:
-    bundle = load_client_bundle(path)
     _check_served(http, bundle, path)
-    stored = stored_keys(bundle, keys_directory(path, keys))
+    stored = stored_keys(bundle, keys)
     secret = stored.read_secret(str(bundle.manifest["keyset"]), passphrase)
     _upload(http, stored)
     from fhe_fx.backends.concrete.parties import ConcreteClient

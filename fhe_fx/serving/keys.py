@@ -9,9 +9,10 @@ from pathlib import Path
 
 from fhe_fx.backends.keyfile import read_keys, write_keys, write_private
 from fhe_fx.errors import ArtifactError
-from fhe_fx.export.bundle import ClientBundle, load_client_bundle
+from fhe_fx.export.bundle import ClientBundle, load_client_bundles
+from fhe_fx.export.pretrained import client_directory
 
-__all__ = ["SECRET", "StoredKeys", "key_id", "keygen", "keys_directory"]
+__all__ = ["SECRET", "StoredKeys", "key_id", "key_place", "keygen", "keys_directory", "make_keys"]
 
 SECRET = "secret.keys"
 EVALUATION = "evaluation.keys"
@@ -53,37 +54,76 @@ def key_id(path: Path) -> str:
 
 
 def keygen(
+    client: str | Path, keys: str | Path | None = None, passphrase: str | None = None
+) -> StoredKeys:
+    """Make the keys of the one circuit of a client's directory; see `make_keys`."""
+    (made,) = make_keys(client, keys, passphrase)
+    return made
+
+
+def make_keys(
     client: str | Path,
     keys: str | Path | None = None,
     passphrase: str | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
-) -> StoredKeys:
-    """Make the keys of a client's bundle and write them.
+) -> list[StoredKeys]:
+    """Make the keys of a client's bundle, or of all circuits of a client's model, and write them.
+
+    Circuits with the same key parameters share keys.
 
     Args:
-        client: a client's bundle.
+        client: a client's directory of an export.
         keys: directory to write to, made if missing; by default `CLIENT.keys` beside the bundle.
         passphrase: encrypts the secret keys.
-        on_stage: told what is being done, in two words.
+        on_stage: told what is being done, in a few words.
+
+    Returns:
+        The keys for each set of parameters; those of an attempt that was cut off are among them.
 
     Raises:
-        ArtifactError: if there are keys already, which are never overwritten.
+        ArtifactError: if all keys are there already; they are never overwritten.
     """
-    bundle, directory = load_client_bundle(client), keys_directory(client, keys)
-    if (directory / SECRET).exists():
-        raise ArtifactError(f"{directory / SECRET} exists; keys are never overwritten.")
+    client = client_directory(client)
+    places = {
+        key_place(client, keys, folder, bundle): bundle
+        for folder, bundle in load_client_bundles(client).items()
+    }
+    missing = [place for place in places if not (place / SECRET).exists()]
+    if not missing:
+        existing = next(iter(places)) / SECRET
+        raise ArtifactError(f"{existing} exists; keys are never overwritten.")
+    for number, place in enumerate(missing, 1):
+        on_stage(f"making keys, {number} of {len(missing)}")
+        _make(places[place], place, passphrase)
+    return [stored_keys(bundle, place) for place, bundle in places.items()]
+
+
+def key_place(
+    client: str | Path, keys: str | Path | None, folder: Path, bundle: ClientBundle
+) -> Path:
+    """Return the directory of a circuit's keys.
+
+    Args:
+        client: a client's bundle or model.
+        keys: as given to `keys_directory`.
+        folder: of the circuit's own bundle; the same as `client`, unless that is a model.
+        bundle: the circuit's.
+    """
+    directory = keys_directory(client, keys)
+    is_of_a_model = folder != Path(client)
+    return directory / str(bundle.manifest["keyset"])[:16] if is_of_a_model else directory
+
+
+def _make(bundle: ClientBundle, directory: Path, passphrase: str | None) -> None:
     from fhe_fx.backends.concrete.parties import ConcreteClient
 
-    on_stage("making keys")
     party = ConcreteClient(bundle.specs)
     party.keygen()
-    on_stage("writing keys")
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     (directory / EVALUATION).unlink(missing_ok=True)  # of an attempt that was cut off
     write_private(directory / EVALUATION, party.evaluation_keys())
     # The secret keys come last: where they are, all is.
     write_keys(directory / SECRET, party.secret_keys(), bundle.manifest["keyset"], passphrase)
-    return stored_keys(bundle, directory)
 
 
 def stored_keys(bundle: ClientBundle, directory: Path) -> StoredKeys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import ipaddress
 import logging
@@ -16,6 +17,7 @@ from typing import IO, Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fhe_fx.errors import ArtifactError, OptionsError
 from fhe_fx.export.bundle import ServerBundle, load_server_bundle
@@ -29,6 +31,8 @@ from fhe_fx.serving.tokens import Tokens
 __all__ = ["ServeOptions", "serve", "server_bundles"]
 
 CONNECTIONS = 256
+HEAD_SECONDS = 30.0
+"""How long the head of a request may take, from its first byte or from the connection on."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,8 @@ def serve(
         scheme = "https" if options.tls_certificate else "http"
         host, port = listener.getsockname()[:2]
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, lifespan="on",
+            app, http=_Impatient, lifespan="on",
+            log_config=None, access_log=False, server_header=False,
             limit_concurrency=CONNECTIONS, timeout_keep_alive=30, timeout_graceful_shutdown=30,
             ssl_certfile=options.tls_certificate, ssl_keyfile=options.tls_key,
         )  # fmt: skip
@@ -133,6 +138,36 @@ def _application(
     return create_app(
         Settings(manifests, engine, keys, store / "runs", tokens, options.limits, options.grace)
     )
+
+
+class _Impatient(H11Protocol):
+    """Closes a connection on which the head of a request does not come, or too slowly."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Go on waiting, unless the head is complete."""
+        super().data_received(data)
+        self._watch()
+
+    def _watch(self) -> None:
+        is_awaited = self.cycle is None or self.cycle.response_complete
+        if is_awaited and self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        elif self._timer is not None and not is_awaited:
+            self._timer.cancel()
+            self._timer = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
 
 
 class _Uvicorn(uvicorn.Server):

@@ -53,6 +53,8 @@ class Worker:
             return _refusal("out_of_memory", "The run needs more memory than a worker may use.")
         except WireError as error:
             return _refusal("malformed", str(error))
+        except OSError as error:
+            return _refusal("storage", f"The server cannot read or keep a file: {error.strerror}.")
         except FheFxError as error:
             return _refusal("failed", str(error))
         return {"ok": True}

@@ -17,7 +17,7 @@ from fhe_fx.errors import ArtifactError, InputError
 from fhe_fx.export import FILES, export_region, load_artifact, read_manifest
 from fhe_fx.export import region as region_module
 from fhe_fx.export.archive import pack, unpack
-from fhe_fx.export.artifact import PARTIES, SERVER_ENTRIES
+from fhe_fx.export.artifact import PARTIES, SERVER_ENTRIES, WHOLE
 from fhe_fx.export.manifest import file_entry, write_manifest
 from fhe_fx.runtime.region import Region
 from tests.export.conftest import make_region
@@ -161,7 +161,7 @@ def test_damaged_manifest(copy: Path) -> None:
     edit_files = json.loads(text)["files"]
     path.write_text(text)
     edit(copy, files={"../../etc/passwd": edit_files["graph.txt"]})
-    assert refused(copy) == (f"DIR/manifest.json was altered: it does not list {', '.join(FILES)}.")
+    assert refused(copy) == (f"DIR/manifest.json was altered: it does not list {', '.join(WHOLE)}.")
 
 
 def test_other_schema(copy: Path) -> None:

@@ -84,14 +84,14 @@ def start(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     running: list[Server] = []
     tokens = {who: secrets.token_urlsafe(24) for who in ("alice", "bob", "carol")}
 
-    def begin(*options: object, store: Path | None = None) -> Server:
+    def begin(*options: object, store: Path | None = None, directory: Path | None = None) -> Server:
         folder = tmp_path_factory.mktemp("server")
         token_file = folder / "tokens"
         token_file.touch(0o600)
         token_file.write_text("".join(f"{who} {token}\n" for who, token in tokens.items()))
         store = store or folder / "store"
         arguments: list[object] = [
-            "serve", exported / "server", "--port", 0, "--token-file", token_file,
+            "serve", directory or exported / "server", "--port", 0, "--token-file", token_file,
             "--key-store", store, *options,
         ]  # fmt: skip
         log = folder / "log"

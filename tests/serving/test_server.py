@@ -342,7 +342,7 @@ def test_what_is_counted_and_logged(server: Server, body: bytes) -> None:
     assert not [e for e in events if e["event"] == "fault" or e.get("status") == 500]
     allowed = {
         "time", "event", "circuits", "method", "route", "status", "bytes", "seconds", "run",
-        "tenant", "state", "kind", "errno",
+        "tenant", "state", "kind", "errno", "sent",
     }  # fmt: skip
     assert all(set(e) <= allowed for e in events)
     assert not any(token in server.log.read_text() for token in server.tokens.values())

@@ -32,6 +32,7 @@ __all__ = [
     "client_specs",
     "explained",
     "keyset_id",
+    "security_bits",
     "server_files",
     "wire_format",
 ]
@@ -43,6 +44,11 @@ SPECS = "client.specs.json"
 def client_specs(circuit: ConcreteCircuit) -> bytes:
     """Return what Concrete's client must know of a circuit."""
     return bytes(circuit._circuit.client.specs.serialize())
+
+
+def security_bits(circuit: ConcreteCircuit) -> int:
+    """Return the security level for which Concrete chose the parameters."""
+    return int(circuit._circuit.configuration.security_level.value)
 
 
 def server_files(circuit: ConcreteCircuit, *, is_simulated: bool) -> dict[str, bytes]:
