@@ -122,6 +122,7 @@ def encrypt_submodule(
     stand_ins = {}
     for path in paths:
         region, signature = build_region(whole, path, recorded[path], heads, pipeline, options)
+        region.call = first
         original = copied.get_submodule(path)
         stand_ins[original] = EncryptedModule(original, region, signature)
     _put(copied, stand_ins)

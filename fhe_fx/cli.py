@@ -26,8 +26,9 @@ from typer.core import TyperGroup
 from fhe_fx.errors import FheFxError, InputError, OptionsError, TargetError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from fhe_fx.ir.program import Program
     from fhe_fx.runtime.region import Region
 
 __all__ = ["app", "main"]
@@ -35,6 +36,7 @@ __all__ = ["app", "main"]
 FAILED, INTERRUPTED = 2, 130
 _EXTRAS = {"keygen": "client", "serve": "server"}
 """Commands that need more than the core."""
+_ONNX = {"onnx", "onnxruntime", "onnxscript"}
 T = TypeVar("T")
 
 
@@ -55,9 +57,9 @@ class _Group(TyperGroup):
                     raise
                 _say(f"error: {error}", "bold red")
             except ModuleNotFoundError as error:
-                if ctx.invoked_subcommand not in _EXTRAS:
+                extra = "onnx" if error.name in _ONNX else _EXTRAS.get(ctx.invoked_subcommand)
+                if extra is None:
                     raise
-                extra = _EXTRAS[ctx.invoked_subcommand]
                 _say(f"error: This needs {error.name}: pip install 'fhe_fx[{extra}]'", "bold red")
             except KeyboardInterrupt:
                 _say("interrupted")
@@ -188,7 +190,12 @@ def _head_numbers(heads: str | None) -> list[int] | None:
         ) from None
 
 
-def _region(
+def _region(*choices: Any) -> Region:
+    """Load a model and lower one part of it."""
+    return _lowered(*choices)[1]
+
+
+def _lowered(
     model: str,
     submodule: str | None,
     n_bits: int,
@@ -197,8 +204,8 @@ def _region(
     calibration: Path | None,
     p_error: float | None,
     seed: int,
-) -> Region:
-    """Load a model and lower one part of it."""
+) -> tuple[nn.Module | Program, Region]:
+    """Load a model and lower one part of it; returns the encrypted model, or the exported graph."""
     from fhe_fx.export.models import load_calibration, load_model
     from fhe_fx.options import Options
 
@@ -227,7 +234,7 @@ def _region(
         calibration=samples,
         options=options,
     )
-    return encrypted_modules(encrypted)[0].region
+    return encrypted, encrypted_modules(encrypted)[0].region
 
 
 def _exported_region(
@@ -237,7 +244,7 @@ def _exported_region(
     heads: list[int] | None,
     samples: list[Tensor] | None,
     options: Any,
-) -> Region:
+) -> tuple[Program, Region]:
     from fhe_fx.export.exported import exported_region, exported_targets, open_exported
     from fhe_fx.ir import dialect as d
     from fhe_fx.passes import default_pipeline
@@ -250,7 +257,8 @@ def _exported_region(
             f"--tokens {tokens}: the exported program takes an input of shape {list(shape)}, and "
             f"shapes are fixed in a .pt2. Leave --tokens out, or export with {tokens} tokens."
         )
-    return exported_region(whole, path, heads, samples, default_pipeline(), options)
+    region = exported_region(whole, path, heads, samples, default_pipeline(), options)
+    return whole, region
 
 
 def _one(paths: list[str], submodule: str) -> str:
@@ -268,7 +276,13 @@ def _one(paths: list[str], submodule: str) -> str:
 @app.command()
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Directory to write; an older artefact is replaced.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write; an older artefact is replaced.")
+    ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(help="Directory of ONNX models to write: the float rest, and the integers."),
+    ] = None,
     submodule: Submodule = None,
     n_bits: NBits = 4,
     tokens: Tokens = None,
@@ -281,26 +295,67 @@ def export(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Encrypt a part of a model and write its client's and server's files."""
+    """Encrypt a part of a model and write its client's and server's files, ONNX models, or both."""
     from fhe_fx.export import FILES, check_destination, export_region
     from fhe_fx.report import report_on
 
-    check_destination(out, FILES)
+    if out is None and onnx is None:
+        raise OptionsError("Give where to write: --out DIR, --onnx DIR, or both.")
+    if out is not None:
+        check_destination(out, FILES)
+    if onnx is not None:
+        _check_onnx(onnx)
     with _progress("loading and lowering the model") as show:
-        region = _region(model, submodule, n_bits, tokens, heads, calibration, p_error, seed)
+        whole, region = _lowered(
+            model, submodule, n_bits, tokens, heads, calibration, p_error, seed
+        )
         _say(report_on([(region.program, None)]).regions[0].line())
+        onnx_manifest = _export_onnx(whole, region, onnx, model, show) if onnx else None
+        if out is None:
+            if as_json:
+                _print_json({"onnx": str(onnx), **(onnx_manifest or {})})
+            return
         show("compiling")
         region.circuit()
         cost = report_on([(region.program, region.facts)]).regions[0]
         _say(cost.line())
         manifest = export_region(region, out, not no_validate, origin=model, on_stage=show)
     if as_json:
-        _print_json(_export_summary(manifest, out, cost.estimated_seconds))
+        summary = _export_summary(manifest, out, cost.estimated_seconds)
+        _print_json(summary | ({"onnx": str(onnx)} if onnx else {}))
         return
     sizes = [f"{name} {_size(file['bytes'])}" for name, file in manifest["files"].items()]
     _print(f"{out}: {', '.join(sizes)}")
     if manifest["validation"]:
         _print(_validation_line(manifest["validation"]))
+
+
+def _check_onnx(directory: Path) -> None:
+    from fhe_fx.export import check_destination
+    from fhe_fx.export.manifest import ONNX_FORMAT
+    from fhe_fx.export.onnx import ONNX_FILES
+
+    check_destination(directory, ONNX_FILES, format=ONNX_FORMAT)
+
+
+def _export_onnx(
+    whole: Any, region: Region, directory: Path, origin: str, on_stage: Callable[[str], None]
+) -> dict[str, Any]:
+    from fhe_fx.export.onnx import export_onnx, write_onnx
+    from fhe_fx.ir.program import Program
+
+    if isinstance(whole, Program):
+        manifest = write_onnx(whole, region, directory, origin=origin, on_stage=on_stage)
+    else:
+        manifest = export_onnx(whole, directory, origin=origin, on_stage=on_stage)
+    checked = manifest["validation"]
+    sizes = [f"{name} {_size(file['bytes'])}" for name, file in manifest["files"].items()]
+    _say(f"{directory}: {', '.join(sizes)}")
+    _say(
+        f"validated in ONNX Runtime: integers equal on {checked['samples']} samples, floats within "
+        f"{checked['float_error']:.1g} of the largest"
+    )
+    return manifest
 
 
 def _export_summary(

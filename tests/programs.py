@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from fhe_fx.backends.reference import ReferenceBackend
 from fhe_fx.capture import capture
+from fhe_fx.export.onnx import integer_model
+from fhe_fx.export.onnx.model import encoded_name
+from fhe_fx.export.onnx.validate import run_model, session
 from fhe_fx.ir import Program
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.types import ValueType
@@ -79,10 +82,26 @@ def decode(program: Program, results: Sequence[npt.NDArray[np.int64]]) -> list[T
     return decoded
 
 
+def onnx_results(
+    program: Program, encoded: Sequence[npt.NDArray[np.int64]]
+) -> list[npt.NDArray[np.int64]]:
+    """Run an integer program as an ONNX model, in ONNX Runtime."""
+    model = session(integer_model(program).SerializeToString())
+    names = map(encoded_name, range(len(encoded)))
+    return list(run_model(model, dict(zip(names, encoded, strict=True))).values())
+
+
 def run_integers(program: Program, samples: Sequence[Sample]) -> list[Tensor]:
-    """Run an integer program by the reference: one stack of real values for each result."""
+    """Run an integer program by the reference: one stack of real values for each result.
+
+    ONNX Runtime must give the same integers on the first sample.
+    """
     circuit = ReferenceBackend().compile(program)
-    runs = [decode(program, circuit.clear(encode(program, s))) for s in samples]
+    encoded = [encode(program, s) for s in samples]
+    found = [circuit.clear(inputs) for inputs in encoded]
+    for ours, theirs in zip(found[0], onnx_results(program, encoded[0]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    runs = [decode(program, results) for results in found]
     return [torch.stack(r) for r in zip(*runs, strict=True)]
 
 

@@ -142,6 +142,16 @@ def test_only_serving_imports_the_web() -> None:
     assert not early, _listed(early)
 
 
+def test_only_onnx_export_imports_onnx() -> None:
+    room = PACKAGE / "export" / "onnx"
+    onnx = {"onnx", "onnxruntime", "onnxscript"}
+    wrong = [i for i in IMPORTS if i.module.split(".")[0] in onnx and room not in i.file.parents]
+    assert not wrong, _listed(wrong)
+    early = [i for i in OWN if i.module.startswith("fhe_fx.export.onnx")]
+    early = [i for i in early if room not in i.file.parents and not i.is_lazy]
+    assert not early, _listed(early)
+
+
 def test_the_concrete_backend_is_imported_late() -> None:
     for module, rooms in LAZY_ONLY.items():
         room = PACKAGE.joinpath(*module.split(".")[1:])
@@ -165,8 +175,16 @@ def _seconds(statement: str) -> float:
 
 
 def test_import_leaves_heavy_packages_alone() -> None:
-    heavy = ["concrete", "transformers", "typer", "rich", "matplotlib", "onnx", "pkg_resources"]
-    heavy += ["fastapi", "uvicorn", "httpx", "zstandard", "cryptography", "prometheus_client"]
+    heavy = ["concrete", "transformers", "typer", "rich", "matplotlib", "onnx", "onnxruntime"]
+    heavy += [
+        "fastapi",
+        "uvicorn",
+        "httpx",
+        "zstandard",
+        "cryptography",
+        "prometheus_client",
+        "pkg_resources",
+    ]
     code = f"import fhe_fx, sys; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
     assert run.stdout.decode().strip() == "[]"
@@ -197,6 +215,11 @@ def test_each_party_needs_its_own_extra_alone() -> None:
         CLIENT_ONLY, "import fhe_fx; fhe_fx.connect"
     )
     serve = "from fhe_fx.cli import app; app(['serve', 'none'])"
+    missing = _without(["onnx"], "import fhe_fx.export.onnx")
+    assert "fhe_fx.export.onnx needs onnx: pip install 'fhe_fx[onnx]'" in missing
+    export = "from fhe_fx.cli import app; app(['export', 'm', '--onnx', 'none'])"
+    missing = _without(["onnxruntime"], export)
+    assert missing == "error: This needs onnxruntime: pip install 'fhe_fx[onnx]'\n", missing
     message = _without(SERVER_ONLY, serve)
     assert message == "error: This needs uvicorn: pip install 'fhe_fx[server]'\n", message
 

@@ -15,6 +15,7 @@ __all__ = [
     "CLIENT_FORMAT",
     "FORMAT",
     "MANIFEST",
+    "ONNX_FORMAT",
     "SCHEMA",
     "SERVER_FORMAT",
     "checked_file",
@@ -32,7 +33,8 @@ FORMAT, CLIENT_FORMAT, SERVER_FORMAT = (
     "fhe_fx server bundle",
 )
 """What a directory is: the whole, for who exports, and the two parts that are handed out."""
-_FORMATS = (FORMAT, CLIENT_FORMAT, SERVER_FORMAT)
+ONNX_FORMAT = "fhe_fx ONNX export"
+_FORMATS = (FORMAT, CLIENT_FORMAT, SERVER_FORMAT, ONNX_FORMAT)
 SCHEMA = 2
 _MAX_MANIFEST = 64 << 20
 _PACKAGES = ("fhe_fx", "torch", "concrete-python", "numpy")

@@ -16,6 +16,7 @@ from fhe_fx.errors import ArtifactError, BitWidthError, FheFxError
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.partition import ENCRYPTED
+from fhe_fx.quant.calibration import Call
 from fhe_fx.runtime.causality import causal_axes
 from fhe_fx.runtime.codec import Codec
 
@@ -50,6 +51,8 @@ class Region:
     """What lowered it."""
     input_shapes: tuple[tuple[int, ...], ...]
     """Shape of each encrypted input of the submodule, for one sample."""
+    call: Call | None = None
+    """The call of the model with which it was captured, where there is a model."""
     remote: Remote | None = None
     """Who runs it in mode "remote"; `fhe_fx.connect` says so."""
     _circuit: Circuit | None = None
