@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fhe_fx.backends import get_backend
 from fhe_fx.capture import capture, resolve_targets
 from fhe_fx.errors import CalibrationError, CaptureError, FheFxError, TargetError
 from fhe_fx.ir import dialect as d
@@ -158,13 +159,24 @@ def set_mode(model: nn.Module, mode: str) -> None:
         module.mode = mode
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, *, backend: str | None = None) -> Report:
     """Return what the encrypted parts of a model cost.
+
+    Args:
+        model: returned by `encrypt_submodule`.
+        backend: compile with this one, by name, and return what it says; by default what is known
+            of the circuits that `fhe_fx.compile` made.
 
     Raises:
         TargetError: if the model has no encrypted part.
+        BackendError: if there is no such backend.
     """
-    return report_on([(m.region.program, m.region.facts) for m in encrypted_modules(model)])
+    modules = encrypted_modules(model)
+    if backend is None:
+        return report_on([(m.region.program, m.region.facts) for m in modules])
+    compiler = get_backend(backend)
+    programs = [m.region.program for m in modules]
+    return report_on([(p, compiler.compile(p).facts) for p in programs])
 
 
 def encrypted_modules(model: nn.Module) -> list[EncryptedModule]:

@@ -28,7 +28,9 @@ from fhe_fx.errors import FheFxError, InputError, OptionsError, TargetError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fhe_fx.backends import CircuitFacts
     from fhe_fx.ir.program import Program
+    from fhe_fx.passes import Pipeline
     from fhe_fx.runtime.region import Region
 
 __all__ = ["app", "main"]
@@ -170,6 +172,13 @@ PassphraseFile = Annotated[
     Path | None, typer.Option(help="Its text encrypts the secret keys, or decrypts them.")
 ]
 Seed = Annotated[int, typer.Option(help="Of random weights and of sampled calibration.")]
+Passes = Annotated[
+    str | None,
+    typer.Option(
+        "--passes",
+        help="A .toml file, or text: default,-drop-this,my-pass{option=1}@before:that.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Model = Annotated[
     str,
@@ -195,6 +204,15 @@ def _region(*choices: Any) -> Region:
     return _lowered(*choices)[1]
 
 
+def _pipeline(passes: str | None) -> Pipeline:
+    from fhe_fx.extend import parse_pipeline, read_pipeline
+    from fhe_fx.passes import default_pipeline
+
+    if passes is None:
+        return default_pipeline()
+    return read_pipeline(Path(passes)) if passes.endswith(".toml") else parse_pipeline(passes)
+
+
 def _lowered(
     model: str,
     submodule: str | None,
@@ -204,6 +222,7 @@ def _lowered(
     calibration: Path | None,
     p_error: float | None,
     seed: int,
+    passes: str | None = None,
 ) -> tuple[nn.Module | Program, Region]:
     """Load a model and lower one part of it; returns the encrypted model, or the exported graph."""
     from fhe_fx.export.models import load_calibration, load_model
@@ -211,14 +230,17 @@ def _lowered(
 
     if submodule is None:
         raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
-    chosen = _head_numbers(heads)
+    chosen, pipeline = _head_numbers(heads), _pipeline(passes)
+    pipeline.check()
     options = Options(n_bits=n_bits, seed=seed)
     if p_error is not None:
         options = Options(n_bits=n_bits, seed=seed, p_error=p_error)
     named = load_model(model, seed)
     samples = load_calibration(calibration, named) if calibration is not None else None
     if named.exported is not None:
-        return _exported_region(named.exported, submodule, tokens, chosen, samples, options)
+        return _exported_region(
+            named.exported, submodule, tokens, chosen, samples, options, pipeline
+        )
     import fhe_fx
     from fhe_fx.api import encrypted_modules
     from fhe_fx.capture import resolve_targets
@@ -233,6 +255,7 @@ def _lowered(
         heads=chosen,
         calibration=samples,
         options=options,
+        passes=pipeline,
     )
     return encrypted, encrypted_modules(encrypted)[0].region
 
@@ -244,10 +267,10 @@ def _exported_region(
     heads: list[int] | None,
     samples: list[Tensor] | None,
     options: Any,
+    pipeline: Pipeline,
 ) -> tuple[Program, Region]:
     from fhe_fx.export.exported import exported_region, exported_targets, open_exported
     from fhe_fx.ir import dialect as d
-    from fhe_fx.passes import default_pipeline
 
     whole = open_exported(exported)
     path = _one(exported_targets(whole, submodule), submodule)
@@ -257,7 +280,7 @@ def _exported_region(
             f"--tokens {tokens}: the exported program takes an input of shape {list(shape)}, and "
             f"shapes are fixed in a .pt2. Leave --tokens out, or export with {tokens} tokens."
         )
-    region = exported_region(whole, path, heads, samples, default_pipeline(), options)
+    region = exported_region(whole, path, heads, samples, pipeline, options)
     return whole, region
 
 
@@ -290,6 +313,7 @@ def export(
     calibration: Calibration = None,
     p_error: PError = None,
     seed: Seed = 0,
+    passes: Passes = None,
     no_validate: Annotated[
         bool, typer.Option("--no-validate", help="Do not reload and compare what was written.")
     ] = False,
@@ -307,7 +331,7 @@ def export(
         _check_onnx(onnx)
     with _progress("loading and lowering the model") as show:
         whole, region = _lowered(
-            model, submodule, n_bits, tokens, heads, calibration, p_error, seed
+            model, submodule, n_bits, tokens, heads, calibration, p_error, seed, passes
         )
         _say(report_on([(region.program, None)]).regions[0].line())
         onnx_manifest = _export_onnx(whole, region, onnx, model, show) if onnx else None
@@ -393,6 +417,10 @@ def report(
     calibration: Calibration = None,
     p_error: PError = None,
     seed: Seed = 0,
+    passes: Passes = None,
+    backend: Annotated[
+        str, typer.Option(help="Who compiles, and says what it costs.")
+    ] = "concrete",
     as_json: AsJson = False,
 ) -> None:
     """Say what a region costs, look-up by look-up."""
@@ -407,15 +435,26 @@ def report(
         )
     else:
         with _progress("loading and lowering the model") as show:
-            region = _region(model, submodule, n_bits, tokens, heads, calibration, p_error, seed)
+            region = _region(
+                model, submodule, n_bits, tokens, heads, calibration, p_error, seed, passes
+            )
             _say(report_on([(region.program, None)]).regions[0].line())
             show("compiling")
-            region.circuit()
-        found = report_on([(region.program, region.facts)])
+            region_facts = _facts(region, backend)
+        found = report_on([(region.program, region_facts)])
     if as_json:
         _print_json(found.as_dict())
     else:
         _print(str(found))
+
+
+def _facts(region: Region, backend: str) -> CircuitFacts | None:
+    """Compile a region, and return what its compiler says it costs."""
+    from fhe_fx.backends import get_backend
+
+    if backend == "concrete":
+        return region.circuit().facts  # which knows what to advise where it fails
+    return get_backend(backend).compile(region.program).facts
 
 
 @app.command()
@@ -656,10 +695,15 @@ def _say_ready(url: str) -> None:
 
 
 @app.command()
-def passes(as_json: AsJson = False) -> None:
-    """List the default pipeline in order, with the law of each pass."""
-    from fhe_fx.passes import default_pipeline
-
+def passes(
+    pipeline: Annotated[
+        str | None, typer.Argument(help="As --passes takes it; without it, the default pipeline.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List a pipeline in order, with the law of each pass, and check that it can run."""
+    chosen = _pipeline(pipeline)
+    chosen.check()
     rows = [
         {
             "name": p.name,
@@ -668,7 +712,7 @@ def passes(as_json: AsJson = False) -> None:
             "gives": sorted(p.gives),
             "breaks": sorted(p.breaks),
         }
-        for p in default_pipeline()
+        for p in chosen
     ]
     if as_json:
         _print_json({"passes": rows})

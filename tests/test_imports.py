@@ -11,11 +11,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "fhe_fx"
 
-FOUNDATION = {"errors", "options"}
+FOUNDATION = {"errors", "options", "plugins"}
 IR = FOUNDATION | {"ir"}
 COMPILER = IR | {"quant"}
 RULES: dict[str, set[str]] = {
     "errors": set(),
+    # What installed packages add is asked for by those who hold a registry.
+    "plugins": set(),
     "options": {"errors"},
     # ir and quant are what passes and backends have in common.
     "ir": FOUNDATION,
@@ -29,18 +31,21 @@ RULES: dict[str, set[str]] = {
     # api puts the rooms together; what writes and reads artefacts stands beside it.
     "api": COMPILER | {"capture", "passes", "backends", "runtime", "report"},
     "export": COMPILER | {"capture", "passes", "backends", "runtime", "report", "api"},
+    "extend": COMPILER | {"passes"},
     "evaluate": COMPILER | {"capture", "passes", "backends", "runtime", "report", "api"},
     # client and server: bundles come from export, stand-ins from the runtime.
     "serving": FOUNDATION | {"backends", "runtime", "export"},
     "cli": COMPILER
     | {"capture", "passes", "backends", "runtime", "report", "api", "export", "evaluate", "serving"}
-    | {"__init__"},
+    | {"__init__", "extend"},
     "__init__": COMPILER | {"api", "passes", "serving"},
     "__main__": {"cli"},
 }
 """What each room may import of the package, besides itself."""
 
-LAZY_ONLY = {"fhe_fx.backends.concrete": {"runtime", "report", "export", "cli", "serving"}}
+LAZY_ONLY = {
+    "fhe_fx.backends.concrete": {"runtime", "report", "export", "cli", "serving", "backends"}
+}
 """Modules that may be imported inside functions only, and by these rooms."""
 
 

@@ -116,7 +116,7 @@ class _Emitter:
 
     def _store(self, array: npt.NDArray[Any]) -> str:
         name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.constants.append(numpy_helper.from_array(np.array(array, order="C"), name))
         return name
 
 

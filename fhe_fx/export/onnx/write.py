@@ -128,6 +128,7 @@ def _manifest(
         "module_path": region.name,
         "options": dataclasses.asdict(region.program.options),
         "passes": [p.name for p in region.pipeline],
+        "pipeline": str(region.pipeline),
         "encodings": {
             "inputs": [p.summary() for p in codec.inputs],
             "results": [p.summary() for p in codec.results],

@@ -112,6 +112,14 @@ def test_every_affine_operator_and_results_that_occur_twice() -> None:
     check(program, whole_numbers(2, 3, 4), whole_numbers(1, 4, seed=3))
 
 
+def test_results_without_dimensions() -> None:
+    program = integer_program(
+        lambda b, x: b.shift(b.scale(b.view(b.sum(x, [0], keepdim=True), ()), 3), -7), (5,)
+    )
+    assert d.shape_of(program.results[0]) == ()
+    check(program, whole_numbers(5))
+
+
 def test_products_beyond_double_precision_stay_exact() -> None:
     """Weights and values near 2**31: their products do not fit a double's 53 bits."""
     weight = whole_numbers(4, 2, size=1 << 31)
