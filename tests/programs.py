@@ -2,59 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fhe_fx.backends.reference import ReferenceBackend
-from fhe_fx.capture import capture
 from fhe_fx.export.onnx import integer_model
 from fhe_fx.export.onnx.model import encoded_name
 from fhe_fx.export.onnx.validate import run_model, session
 from fhe_fx.ir import Program
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.types import ValueType
-from fhe_fx.options import Options
 from fhe_fx.passes import Pass, Pipeline, default_pipeline
 from fhe_fx.quant.classes import find_classes
 from fhe_fx.quant.rounded import rounded_values
+from fhe_fx.testing import Sample, program_from, seeded
 
-Sample = tuple[Tensor, ...]
-
-
-class Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[..., object]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> object:
-        return self.function(*inputs)
-
-
-def program_from(
-    model: nn.Module | Callable[..., object], samples: Sequence[Sample], n_bits: int = 6
-) -> Program:
-    """Capture a module, or a function of tensors, with its calibration samples."""
-    module = model if isinstance(model, nn.Module) else Call(model)
-    program = capture(module.eval(), samples[0], {}, [])
-    program.name = "region"
-    program.samples = list(samples)
-    program.options = Options(n_bits=n_bits)
-    return program
-
-
-def seeded(
-    shape: Sequence[int], n: int = 16, seed: int = 0, positive: bool = False
-) -> list[Tensor]:
-    """Return calibration values of one input."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn((n, *shape), generator=generator).clamp(-2.5, 2.5)
-    return list(values.abs() + 0.5 if positive else values)
+__all__ = [
+    "Sample",
+    "assert_close",
+    "decode",
+    "encode",
+    "lower",
+    "lower_with_prediction",
+    "onnx_results",
+    "program_from",
+    "relative_error",
+    "run_all",
+    "run_integers",
+    "seeded",
+]
 
 
 def run_all(program: Program, samples: Sequence[Sample]) -> list[Tensor]:

@@ -32,6 +32,7 @@ RULES: dict[str, set[str]] = {
     "api": COMPILER | {"capture", "passes", "backends", "runtime", "report"},
     "export": COMPILER | {"capture", "passes", "backends", "runtime", "report", "api"},
     "extend": COMPILER | {"passes"},
+    "testing": COMPILER | {"capture", "passes", "report"},
     "evaluate": COMPILER | {"capture", "passes", "backends", "runtime", "report", "api"},
     # client and server: bundles come from export, stand-ins from the runtime.
     "serving": FOUNDATION | {"backends", "runtime", "export"},

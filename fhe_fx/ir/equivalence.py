@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fhe_fx.ir.printer import format_program
@@ -84,7 +86,9 @@ def first_difference(
     known = {n.name: n for n in before.encrypted()}
     for node in after.encrypted():
         same = known.get(node.name)
-        if same is not None and not _agree(ours[same.name], theirs[node.name], tolerance):
+        if same is None or node.name not in ours or node.name not in theirs:
+            continue
+        if not _agree(ours[same.name], theirs[node.name], tolerance):
             if node is b:
                 break
             what = f"result {number} is another, and node {node.name}, the first that"
@@ -114,6 +118,8 @@ def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 def _values(program: Program, samples: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
     """Return the real value of every node, `[n_samples, *shape]`."""
+    if not program.properties & {"integer", "normal"}:
+        return _values_as_captured(program, samples)
     if "integer" not in program.properties:
         return {name: v.double() for name, v in program.values(samples).items()}
     encoded = []
@@ -130,3 +136,30 @@ def _values(program: Program, samples: Sequence[tuple[Tensor, ...]]) -> dict[str
     return {
         name: v * types[name].scale + types[name].offset for name, v in own.values(encoded).items()
     }
+
+
+def _values_as_captured(
+    program: Program, samples: Sequence[tuple[Tensor, ...]]
+) -> dict[str, Tensor]:
+    """Run a graph of any operators, one sample after the other."""
+    runs = []
+    for sample in samples:
+        recorder = _Recorder(program.module)
+        with torch.no_grad():
+            recorder.run(*[sample[program.source_of(n)] for n in program.placeholders])
+        runs.append(recorder.found)
+    return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps the value of each node that is a tensor."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.found[n.name] = value.double()
+        return value

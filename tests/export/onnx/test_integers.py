@@ -24,7 +24,8 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.ir.types import ValueType
 from fhe_fx.runtime.codec import Codec
-from tests.passes.test_random_graphs import QUICK, Recipe, recipes
+from fhe_fx.testing.strategies import Recipe, recipes
+from tests.passes.test_random_graphs import QUICK
 from tests.programs import encode, lower, onnx_results, program_from, seeded
 
 Build = Callable[..., "fx.Node | tuple[fx.Node, ...]"]
