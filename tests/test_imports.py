@@ -31,8 +31,8 @@ RULES: dict[str, set[str]] = {
     # api puts the rooms together; what writes and reads artefacts stands beside it.
     "api": COMPILER | {"capture", "passes", "backends", "runtime", "report"},
     "export": COMPILER | {"capture", "passes", "backends", "runtime", "report", "api"},
-    "extend": COMPILER | {"passes"},
-    "testing": COMPILER | {"capture", "passes", "report"},
+    "extend": COMPILER | {"capture", "passes"},
+    "testing": COMPILER | {"capture", "passes", "report", "extend"},
     "evaluate": COMPILER | {"capture", "passes", "backends", "runtime", "report", "api"},
     # client and server: bundles come from export, stand-ins from the runtime.
     "serving": FOUNDATION | {"backends", "runtime", "export"},

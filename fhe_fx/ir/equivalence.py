@@ -13,7 +13,7 @@ from fhe_fx.ir.printer import format_program
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 
-__all__ = ["Difference", "first_difference"]
+__all__ = ["FLOAT_TOLERANCE", "INTEGER_TOLERANCE", "Difference", "first_difference"]
 
 FLOAT_TOLERANCE = 2e-4
 """Of the largest value: float32, and other orders of addition."""

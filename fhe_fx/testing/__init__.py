@@ -3,7 +3,7 @@
 Random programs are in `fhe_fx.testing.strategies`, which needs Hypothesis.
 """
 
-from fhe_fx.testing.checks import assert_cost, assert_equivalent, check_pass
+from fhe_fx.testing.checks import assert_cost, assert_equivalent, assert_law, check_pass
 from fhe_fx.testing.programs import Build, Sample, float_program, program_from, seeded, statements
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Sample",
     "assert_cost",
     "assert_equivalent",
+    "assert_law",
     "check_pass",
     "float_program",
     "program_from",

@@ -6,15 +6,17 @@ import difflib
 from collections.abc import Sequence
 from textwrap import dedent
 
+import torch
 from torch import Tensor
 
+from fhe_fx.extend import Rewrite
 from fhe_fx.ir import Program, verify
-from fhe_fx.ir.equivalence import first_difference
+from fhe_fx.ir.equivalence import FLOAT_TOLERANCE, first_difference
 from fhe_fx.passes import Pass
 from fhe_fx.report import report_on
-from fhe_fx.testing.programs import Build, Sample, float_program, statements
+from fhe_fx.testing.programs import Build, Sample, float_program, seeded, statements
 
-__all__ = ["assert_cost", "assert_equivalent", "check_pass"]
+__all__ = ["assert_cost", "assert_equivalent", "assert_law", "check_pass"]
 
 
 def check_pass(
@@ -99,6 +101,37 @@ def assert_equivalent(
         raise ValueError("There are no samples to compare on.")
     if (found := first_difference(before, after, samples, tolerance)) is not None:
         raise AssertionError(f"The programs do not compute the same: {found}")
+
+
+def assert_law(
+    rewrite: Rewrite, *shapes: Sequence[int], error: float = FLOAT_TOLERANCE, n: int = 64
+) -> None:
+    """Check the law of a rewrite by pattern on random inputs.
+
+    Args:
+        rewrite: whose `before` and `after` are compared.
+        shapes: of each argument.
+        error: largest difference, in parts of the largest value; by default float rounding.
+        n: how many random inputs.
+
+    Raises:
+        AssertionError: if they differ by more, or in shape.
+    """
+    samples = list(zip(*[seeded(s, n, seed=i) for i, s in enumerate(shapes)], strict=True))
+    expected = [rewrite.before(*sample) for sample in samples]
+    found = [rewrite.after(*sample) for sample in samples]
+    if expected[0].shape != found[0].shape:
+        raise AssertionError(
+            f"{rewrite.name}: before() has the shape {list(expected[0].shape)}, after() "
+            f"{list(found[0].shape)}."
+        )
+    a, b = torch.stack(expected), torch.stack(found)
+    relative = float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
+    if not relative <= error:
+        raise AssertionError(
+            f"{rewrite.name}: after() differs from before() by {relative:.3g} of the largest value "
+            f"on {n} random inputs; {error:g} is allowed."
+        )
 
 
 def assert_cost(program: Program, *, look_ups: int, bits: int | None = None) -> None:
