@@ -1,8 +1,8 @@
 """Write a softmax with one sum of exponentials for a row, in place of a tree of pairs.
 
 Exact. With a constant c for each row, p_j = exp(s_j - c - log sum_k exp(s_k - c)): for n live keys
-2 n + 1 look-ups, two more than the tree of `lower-softmax`. Never more than three stand one behind
-the other, where the tree has 1 + log2(n). In integers the sum has to hold the whole dynamic range of
+2 n + 1 look-ups, two more than the tree of `lower-softmax`. At most three stand one behind
+the other, where the tree has 1 + log2(n). In integers the sum has to hold all the dynamic range of
 the exponentials at once, which the tree avoids: c is the mean of the row's log-sum-exp on the
 calibration samples, so that the sum stays around one. Runs before `lower-softmax`, which does what
 is left.
