@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -66,6 +67,7 @@ def encrypt_submodule(
     p_error: float | None = None,
     passes: Pipeline | None = None,
     options: Options | None = None,
+    dump_dir: str | Path | None = None,
 ) -> M:
     """Return a copy of a model in which a submodule can run on encrypted data.
 
@@ -85,6 +87,8 @@ def encrypt_submodule(
         p_error: probability that one look-up reads a neighbouring entry.
         passes: a pipeline in place of `fhe_fx.passes.default_pipeline()`.
         options: all other choices; the keywords above win over it.
+        dump_dir: where a directory for each target is written with its print after every pass that
+            changed it, for reading, `fhe-fx graph` and `fhe-fx diff`.
 
     Returns:
         A model of the same class. Each target is a module with `.mode`, at first "disable".
@@ -113,6 +117,8 @@ def encrypt_submodule(
     _refuse_encrypted(model, paths)
     _check_weights(model, paths)
     pipeline = passes or default_pipeline()
+    if dump_dir is not None:
+        pipeline = pipeline.dumping(Path(dump_dir))
     pipeline.check()
     copied = copy.deepcopy(model).eval()
     _without_cache(copied)

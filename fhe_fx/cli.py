@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,6 +39,8 @@ __all__ = ["app", "main"]
 FAILED, INTERRUPTED = 2, 130
 _EXTRAS = {"keygen": "client", "serve": "server"}
 """Commands that need more than the core."""
+_DUMP = "FHE_FX_DUMP"
+"""Environment variable: a directory for the print and the data after each pass."""
 _ONNX = {"onnx", "onnxruntime", "onnxscript"}
 T = TypeVar("T")
 
@@ -208,9 +211,11 @@ def _pipeline(passes: str | None) -> Pipeline:
     from fhe_fx.extend import parse_pipeline, read_pipeline
     from fhe_fx.passes import default_pipeline
 
+    dump_dir = Path(os.environ[_DUMP]) if os.environ.get(_DUMP) else None
     if passes is None:
-        return default_pipeline()
-    return read_pipeline(Path(passes)) if passes.endswith(".toml") else parse_pipeline(passes)
+        return default_pipeline().dumping(dump_dir)
+    read = read_pipeline(Path(passes)) if passes.endswith(".toml") else parse_pipeline(passes)
+    return read.dumping(dump_dir)
 
 
 def _lowered(
@@ -722,6 +727,70 @@ def passes(
         for key in ("requires", "gives", "breaks"):
             if row[key]:
                 _print(f"    {key} {', '.join(row[key])}")
+
+
+@app.command()
+def graph(
+    source: Annotated[str, typer.Argument(help="A directory that FHE_FX_DUMP wrote, or a MODEL.")],
+    html: Annotated[Path | None, typer.Option(help="A page to write: all steps, folded.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="A picture to write of the last step.")] = None,
+    level: Annotated[str, typer.Option(help="Of the picture: modules, lines or nodes.")] = "nodes",
+    submodule: Submodule = None,
+    n_bits: NBits = 4,
+    tokens: Tokens = None,
+    heads: Heads = None,
+    calibration: Calibration = None,
+    p_error: PError = None,
+    seed: Seed = 0,
+    passes: Passes = None,
+) -> None:
+    """Draw the graph of an encrypted part, before and after each pass."""
+    from fhe_fx.report.page import LEVELS, read_snapshots, to_page, to_svg
+
+    if html is None and svg is None:
+        raise OptionsError("Give what to write: --html out.html, --svg out.svg, or both.")
+    if level not in LEVELS:
+        raise OptionsError(f"--level {level!r} is not one of {', '.join(LEVELS)}.")
+    if submodule is None:
+        snapshots = read_snapshots(Path(source))
+    else:
+        with _progress("loading and lowering the model"), _dumping() as dump:
+            _region(source, submodule, n_bits, tokens, heads, calibration, p_error, seed, passes)
+            snapshots = read_snapshots(dump)
+    if html is not None:
+        html.write_text(to_page(snapshots), encoding="utf-8")
+        _say(f"{html}: {len(snapshots)} steps, {_size(html.stat().st_size)}")
+    if svg is not None:
+        svg.write_text(to_svg(snapshots[-1], level), encoding="utf-8")
+        _say(f"{svg}: {_size(svg.stat().st_size)}")
+
+
+@contextmanager
+def _dumping() -> Iterator[Path]:
+    """Let lowerings be dumped, to where FHE_FX_DUMP says or to a place that is removed again."""
+    with tempfile.TemporaryDirectory(prefix="fhe_fx-") as directory:
+        held = os.environ.get(_DUMP)
+        os.environ[_DUMP] = held or directory
+        try:
+            yield Path(os.environ[_DUMP])
+        finally:
+            if held is None:
+                del os.environ[_DUMP]
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A directory that FHE_FX_DUMP wrote.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Compare two compilations node by node; the exit code is 1 if they differ."""
+    from fhe_fx.report.difference import compare_snapshots
+    from fhe_fx.report.page import read_snapshots
+
+    found = compare_snapshots(read_snapshots(first)[-1], read_snapshots(second)[-1])
+    _print(str(found))
+    if found.changes:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from fhe_fx.errors import FheFxError, PassError, did_you_mean
 from fhe_fx.ir.equivalence import first_difference
 from fhe_fx.ir.printer import format_program
 from fhe_fx.ir.program import Program
+from fhe_fx.ir.snapshot import snapshot
 from fhe_fx.ir.verify import verify
 from fhe_fx.passes.lowerings.registry import load_lowerings
 
@@ -130,6 +131,8 @@ class Pipeline:
     """An ordered list of passes, as a value: each edit returns a new pipeline."""
 
     passes: tuple[Pass, ...] = field(default_factory=tuple)
+    dump_dir: Path | None = field(default=None, compare=False)
+    """Where a directory for each program is written with its print after each pass."""
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
@@ -151,23 +154,30 @@ class Pipeline:
     def insert_before(self, name: str, *new: Pass) -> Pipeline:
         """Return a pipeline with `new` before the first pass called `name`."""
         i = self._index(name)
-        return Pipeline((*self.passes[:i], *new, *self.passes[i:]))
+        return self._of(*self.passes[:i], *new, *self.passes[i:])
+
+    def _of(self, *passes: Pass) -> Pipeline:
+        return dataclasses.replace(self, passes=passes)
+
+    def dumping(self, directory: Path | None) -> Pipeline:
+        """Return a pipeline that writes its dumps to a directory for each program in this one."""
+        return dataclasses.replace(self, dump_dir=directory)
 
     def insert_after(self, name: str, *new: Pass) -> Pipeline:
         """Return a pipeline with `new` after the last pass called `name`."""
         self._index(name)
         i = max(i for i, p in enumerate(self.passes) if p.name == name) + 1
-        return Pipeline((*self.passes[:i], *new, *self.passes[i:]))
+        return self._of(*self.passes[:i], *new, *self.passes[i:])
 
     def replace(self, name: str, new: Pass) -> Pipeline:
         """Return a pipeline in which every pass called `name` is `new`."""
         self._index(name)
-        return Pipeline(tuple(new if p.name == name else p for p in self.passes))
+        return self._of(*(new if p.name == name else p for p in self.passes))
 
     def drop(self, name: str) -> Pipeline:
         """Return a pipeline without the passes called `name`."""
         self._index(name)
-        return Pipeline(tuple(p for p in self.passes if p.name != name))
+        return self._of(*(p for p in self.passes if p.name != name))
 
     def check(self, properties: frozenset[str] = frozenset({"captured"})) -> None:
         """Check that each pass finds the properties that it requires.
@@ -196,7 +206,8 @@ class Pipeline:
 
         Args:
             program: rewritten in place.
-            dump_dir: where `07-fuse-maps.txt` is written for each pass that changed something.
+            dump_dir: where `07-fuse-maps.txt` is written for each pass that changed something,
+                and the same as data in `07-fuse-maps.json`, for `fhe-fx graph` and `diff`.
             on_pass: called after each pass.
 
         Raises:
@@ -206,6 +217,11 @@ class Pipeline:
         load_lowerings()
         records: list[PassRecord] = []
         text = str(program)
+        if dump_dir is None and self.dump_dir is not None:
+            dump_dir = self.dump_dir / re.sub(r"[^\w.-]+", "-", program.name)
+        if dump_dir is not None:
+            _start_dumps(dump_dir, program)
+        noted = len(program.notes)
         for number, p in enumerate(self.passes):
             start = time.perf_counter()
             given = _copy(program) if p.is_exact and _is_foreign(p) else None
@@ -231,8 +247,8 @@ class Pipeline:
                 self._check_meaning(p, records, given, program)
             text = after
             if said and dump_dir is not None:
-                dump_dir.mkdir(parents=True, exist_ok=True)
-                (dump_dir / f"{number + 1:02d}-{p.name}.txt").write_text(text + "\n")
+                _dump(dump_dir, number + 1, p.text(), program, noted)
+                noted = len(program.notes)
             records.append(
                 PassRecord(p.name, time.perf_counter() - start, said, len(program.graph.nodes))
             )
@@ -265,6 +281,24 @@ class Pipeline:
         return PassError(
             f"Pass {p.name}({options}){whose} failed: {error}{where}\n  passes before it: {before}"
         )
+
+
+def _start_dumps(directory: Path, program: Program) -> None:
+    """Remove what an earlier run wrote, and write the program as it is given."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for old in directory.iterdir():
+        if re.fullmatch(r"\d\d+-[\w.-]+\.(txt|json)", old.name):
+            old.unlink()
+    _dump(directory, 0, "given", program, len(program.notes))
+
+
+def _dump(directory: Path, number: int, text: str, program: Program, noted: int) -> None:
+    """Write the program as text and as data, with what was noted since the last time."""
+    stem = directory / f"{number:02d}-{text.partition('{')[0]}"
+    notes = [dataclasses.asdict(note) for note in program.notes[noted:]]
+    data = {"pass": text, "number": number, "notes": notes, **snapshot(program)}
+    stem.with_name(f"{stem.name}.txt").write_text(f"{program}\n", encoding="utf-8")
+    stem.with_name(f"{stem.name}.json").write_text(json.dumps(data), encoding="utf-8")
 
 
 CHECKED_SAMPLES = 2
