@@ -8,6 +8,7 @@ A plugin that fails is reported once, by name, and changes nothing; all others w
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def load(
     Warns:
         UserWarning: for each plugin that fails, once.
     """
-    for entry in entry_points(group=group):
+    for entry in _entries(group):
         key = (group, entry.name, entry.value)
         if key in _tried:
             continue
@@ -81,6 +82,12 @@ def load(
             warnings.warn(str(_faults[-1]), UserWarning, stacklevel=3)
         else:
             _providers[found] = plugin
+
+
+@functools.cache
+def _entries(group: str) -> tuple[EntryPoint, ...]:
+    """List the entry points of a group, once: a pipeline asks each time that it runs."""
+    return tuple(entry_points(group=group))
 
 
 def _plugin(group: str, entry: EntryPoint) -> Plugin:

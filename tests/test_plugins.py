@@ -76,7 +76,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
         modules.append(package)
 
     monkeypatch.setattr(
-        plugins, "entry_points", lambda group: [e for e in entries if e.group == group]
+        plugins, "_entries", lambda group: tuple(e for e in entries if e.group == group)
     )
     yield add
     for registry, content in zip(held, known, strict=True):

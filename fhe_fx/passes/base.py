@@ -161,7 +161,7 @@ class Pipeline:
 
     def dumping(self, directory: Path | None) -> Pipeline:
         """Return a pipeline that writes its dumps to a directory for each program in this one."""
-        return dataclasses.replace(self, dump_dir=directory)
+        return self if directory == self.dump_dir else dataclasses.replace(self, dump_dir=directory)
 
     def insert_after(self, name: str, *new: Pass) -> Pipeline:
         """Return a pipeline with `new` after the last pass called `name`."""
