@@ -793,6 +793,20 @@ def diff(
         raise typer.Exit(1)
 
 
+def _plugins() -> list[str]:
+    """Load every plugin, and list those that work and those that do not."""
+    from fhe_fx import plugins
+    from fhe_fx.backends import backend_names
+    from fhe_fx.passes import registered
+    from fhe_fx.passes.lowerings.registry import load_lowerings
+
+    registered()
+    load_lowerings()
+    backend_names()
+    working = [f"{p}: {p.name} of {p.group}" for p in plugins.loaded()]
+    return working + [f"{f.plugin}: {f.plugin.name}, left out" for f in plugins.faults()]
+
+
 @app.command()
 def doctor(
     no_measure: Annotated[
@@ -803,7 +817,7 @@ def doctor(
     """Say what is installed, what this machine is, and how fast it runs look-ups."""
     from fhe_fx.report.machine import machine_facts, store_rate
 
-    facts = machine_facts()
+    facts = machine_facts() | {"plugins": _plugins()}
     if not no_measure:
         with _progress("running 128 look-ups of 6 bits, encrypted"):
             from fhe_fx.backends.concrete.benchmark import measure_look_ups
@@ -824,5 +838,7 @@ def doctor(
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in facts.items():
         shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+        if isinstance(value, list):
+            shown = "\n".join(value) or "none"
         table.add_row(Text(key.replace("_", " ")), Text(shown))
     Console(highlight=False).print(table)

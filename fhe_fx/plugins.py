@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-__all__ = ["BACKENDS", "LOWERINGS", "PASSES", "Fault", "Plugin", "faults", "load", "provider"]
+__all__ = [
+    "BACKENDS",
+    "LOWERINGS",
+    "PASSES",
+    "Fault",
+    "Plugin",
+    "faults",
+    "load",
+    "loaded",
+    "provider",
+]
 
 PASSES, LOWERINGS, BACKENDS = "fhe_fx.passes", "fhe_fx.lowerings", "fhe_fx.backends"
 """The entry point groups."""
@@ -99,6 +109,11 @@ def _plugin(group: str, entry: EntryPoint) -> Plugin:
 def faults(group: str | None = None) -> list[Fault]:
     """List the plugins that failed so far, of one group or of all."""
     return [f for f in _faults if group in {None, f.plugin.group}]
+
+
+def loaded() -> list[Plugin]:
+    """List the plugins that work, of the groups that were loaded so far."""
+    return list(_providers.values())
 
 
 def provider(found: Any) -> Plugin | None:

@@ -68,6 +68,12 @@ def test_the_command_there_knows_it_and_here_does_not(python: Path) -> None:
     # Rows of two and three keys: 2 n + 1 look-ups each in place of 2 n - 1.
     assert costs[text] == costs["default"] + 4
     assert found[text]["regions"][0]["complexity"] == pytest.approx(costs[text] * 9.7e7)
+    doctor = json.loads(run(python, *command, "doctor", "--no-measure", "--json"))
+    assert doctor["plugins"] == [
+        "fhe-fx-flat-softmax 0.1.0: flat-softmax of fhe_fx.passes",
+        "fhe-fx-flat-softmax 0.1.0: snake of fhe_fx.lowerings",
+        "fhe-fx-flat-softmax 0.1.0: price-list of fhe_fx.backends",
+    ]
     here = subprocess.run(
         [sys.executable, *command, "passes", text], capture_output=True, text=True, check=False
     )
