@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint bench stress docs clean
+.PHONY: venv demo test lint bench stress docs site clean
 
 # The CPU build of PyTorch is enough; where the registry's own build is a CUDA one, run
 #   make venv PIP_FLAGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
@@ -40,6 +40,10 @@ stress: venv
 
 docs: venv
 	$(BIN)/python docs/build.py
+
+site: venv
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -W ignore docs/site.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,12 +8,14 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fhe_fx.backends import get_backend
 from fhe_fx.capture import capture, resolve_targets
 from fhe_fx.errors import CalibrationError, CaptureError, FheFxError, TargetError
 from fhe_fx.export.model import save_for_two
@@ -31,7 +33,7 @@ from fhe_fx.runtime.ladder import Ladder
 from fhe_fx.runtime.lower import lower_region
 from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
 from fhe_fx.runtime.region import Region
-from fhe_fx.runtime.standin import StandIn, stand_ins
+from fhe_fx.runtime.standin import StandIn, encrypted_modules, stand_ins
 
 __all__ = [
     "build_region",
@@ -70,6 +72,7 @@ def encrypt_submodule(
     p_error: float | None = None,
     passes: Pipeline | None = None,
     options: Options | None = None,
+    dump_dir: str | Path | None = None,
 ) -> M:
     """Return a copy of a model in which a submodule can run on encrypted data.
 
@@ -91,6 +94,8 @@ def encrypt_submodule(
         p_error: probability that one look-up reads a neighbouring entry.
         passes: a pipeline in place of `fhe_fx.passes.default_pipeline()`.
         options: all other choices; the keywords above win over it.
+        dump_dir: where a directory for each target is written with its print after every pass that
+            changed it, for reading, `fhe-fx graph` and `fhe-fx diff`.
 
     Returns:
         A model of the same class. Each target is a module with `.mode`, at first "disable".
@@ -119,6 +124,8 @@ def encrypt_submodule(
     _refuse_encrypted(model, paths)
     _check_weights(model, paths)
     pipeline = passes or default_pipeline()
+    if dump_dir is not None:
+        pipeline = pipeline.dumping(Path(dump_dir))
     pipeline.check()
     copied = copy.deepcopy(model).eval()
     _without_cache(copied)
@@ -152,7 +159,7 @@ def _lower(
     recorded = _record(model, paths, [first, *calls])
     made = [build_region(whole, p, recorded[p], heads, pipeline, options) for p in paths]
     for region, _ in made:
-        region.tokens = _length(first)
+        region.tokens, region.call = _length(first), first
     return made
 
 
@@ -186,33 +193,31 @@ def set_mode(model: nn.Module, mode: str) -> None:
         stand_in.mode = mode
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, *, backend: str | None = None) -> Report:
     """Return what the encrypted parts of a model cost.
+
+    Args:
+        model: returned by `encrypt_submodule`.
+        backend: compile with this one, by name, and return what it says; by default what is known
+            of the circuits that `fhe_fx.compile` made.
 
     Raises:
         TargetError: if the model has no encrypted part.
+        BackendError: if there is no such backend.
     """
     parts = [(part, len(s.parts) > 1) for s in stand_ins(model) for part in s.parts]
     encrypted_modules(model)
+    compiler = get_backend(backend) if backend is not None else None
     return report_on(
-        [(part.region.program, part.region.facts) for part, _ in parts],
+        [
+            (
+                part.region.program,
+                compiler.compile(part.region.program).facts if compiler else part.region.facts,
+            )
+            for part, _ in parts
+        ],
         [part.region.tokens if has_others else None for part, has_others in parts],
     )
-
-
-def encrypted_modules(model: nn.Module) -> list[EncryptedModule]:
-    """List the encrypted parts of a model, in its order; of each length, the shortest first.
-
-    Raises:
-        TargetError: if there is none.
-    """
-    found = [part for stand_in in stand_ins(model) for part in stand_in.parts]
-    if not found:
-        raise TargetError(
-            f"{type(model).__name__} has no encrypted part. Use the model that "
-            f"fhe_fx.encrypt_submodule returned; it leaves the one it is given as it was."
-        )
-    return found
 
 
 # Calibration ----------------------------------------------------------------------------------

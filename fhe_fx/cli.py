@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,7 +29,10 @@ from fhe_fx.errors import FheFxError, InputError, OptionsError, TargetError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fhe_fx.backends import CircuitFacts
     from fhe_fx.export.models import NamedModel
+    from fhe_fx.ir.program import Program
+    from fhe_fx.passes import Pipeline
     from fhe_fx.runtime.region import Region
 
 __all__ = ["app", "main"]
@@ -36,6 +40,9 @@ __all__ = ["app", "main"]
 FAILED, INTERRUPTED = 2, 130
 _EXTRAS = {"keygen": "client", "run": "client", "serve": "server"}
 """Commands that need more than the core."""
+_DUMP = "FHE_FX_DUMP"
+"""Environment variable: a directory for the print and the data after each pass."""
+_ONNX = {"onnx", "onnxruntime", "onnxscript"}
 T = TypeVar("T")
 
 
@@ -56,9 +63,9 @@ class _Group(TyperGroup):
                     raise
                 _say(f"error: {error}", "bold red")
             except ModuleNotFoundError as error:
-                if ctx.invoked_subcommand not in _EXTRAS:
+                extra = "onnx" if error.name in _ONNX else _EXTRAS.get(ctx.invoked_subcommand)
+                if extra is None:
                     raise
-                extra = _EXTRAS[ctx.invoked_subcommand]
                 _say(f"error: This needs {error.name}: pip install 'fhe_fx[{extra}]'", "bold red")
             except KeyboardInterrupt:
                 _say("interrupted")
@@ -169,6 +176,13 @@ PassphraseFile = Annotated[
     Path | None, typer.Option(help="Its text encrypts the secret keys, or decrypts them.")
 ]
 Seed = Annotated[int, typer.Option(help="Of random weights and of sampled calibration.")]
+Passes = Annotated[
+    str | None,
+    typer.Option(
+        "--passes",
+        help="A .toml file, or text: default,-drop-this,my-pass{option=1}@before:that.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Model = Annotated[
     str,
@@ -189,6 +203,17 @@ def _head_numbers(heads: str | None) -> list[int] | None:
         ) from None
 
 
+def _pipeline(passes: str | None) -> Pipeline:
+    from fhe_fx.extend import parse_pipeline, read_pipeline
+    from fhe_fx.passes import default_pipeline
+
+    dump_dir = Path(os.environ[_DUMP]) if os.environ.get(_DUMP) else None
+    if passes is None:
+        return default_pipeline().dumping(dump_dir)
+    read = read_pipeline(Path(passes)) if passes.endswith(".toml") else parse_pipeline(passes)
+    return read.dumping(dump_dir)
+
+
 def _lowered(
     model: str,
     submodule: str | None,
@@ -198,23 +223,27 @@ def _lowered(
     calibration: Path | None,
     p_error: float | None,
     seed: int,
-) -> tuple[Region, nn.Module | None, NamedModel]:
+    passes: str | None = None,
+) -> tuple[Region, nn.Module | Program, NamedModel]:
     """Load a model and lower one part of it.
 
     Returns:
-        The part; the model that it stands in, if that was not an exported program; what was loaded.
+        The part; the model that it stands in, or the exported graph; what was loaded.
     """
     from fhe_fx.export.models import load_calibration, load_model
 
     if submodule is None:
         raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
-    chosen = _head_numbers(heads)
+    chosen, pipeline = _head_numbers(heads), _pipeline(passes)
+    pipeline.check()
     options = _options(n_bits, seed, p_error)
     named = load_model(model, seed)
     samples = load_calibration(calibration, named) if calibration is not None else None
     if named.exported is not None:
-        region = _exported_region(named.exported, submodule, tokens, chosen, samples, options)
-        return region, None, named
+        graph, region = _exported_region(
+            named.exported, submodule, tokens, chosen, samples, options, pipeline
+        )
+        return region, graph, named
     import fhe_fx
     from fhe_fx.api import encrypted_modules
     from fhe_fx.capture import resolve_targets
@@ -229,6 +258,7 @@ def _lowered(
         heads=chosen,
         calibration=samples,
         options=options,
+        passes=pipeline,
     )
     return encrypted_modules(encrypted)[0].region, encrypted, named
 
@@ -240,10 +270,10 @@ def _exported_region(
     heads: list[int] | None,
     samples: list[Tensor] | None,
     options: Any,
-) -> Region:
+    pipeline: Pipeline,
+) -> tuple[Program, Region]:
     from fhe_fx.export.exported import exported_region, exported_targets, open_exported
     from fhe_fx.ir import dialect as d
-    from fhe_fx.passes import default_pipeline
 
     whole = open_exported(exported)
     path = _one(exported_targets(whole, submodule), submodule)
@@ -253,7 +283,8 @@ def _exported_region(
             f"--tokens {tokens}: the exported program takes an input of shape {list(shape)}, and "
             f"shapes are fixed in a .pt2. Leave --tokens out, or export with {tokens} tokens."
         )
-    return exported_region(whole, path, heads, samples, default_pipeline(), options)
+    region = exported_region(whole, path, heads, samples, pipeline, options)
+    return whole, region
 
 
 def _one(paths: list[str], submodule: str) -> str:
@@ -271,7 +302,13 @@ def _one(paths: list[str], submodule: str) -> str:
 @app.command()
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Directory to write; an older artefact is replaced.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write; an older artefact is replaced.")
+    ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(help="Directory of ONNX models to write: the float rest, and the integers."),
+    ] = None,
     submodule: Submodule = None,
     n_bits: NBits = 4,
     tokens: Tokens = None,
@@ -285,35 +322,48 @@ def export(
     circuit_only: Annotated[
         bool, typer.Option("--circuit-only", help="Leave out the client's model: the circuit only.")
     ] = False,
+    passes: Passes = None,
     no_validate: Annotated[
         bool, typer.Option("--no-validate", help="Do not reload and compare what was written.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Encrypt a part of a model and write it for a client, with the rest, and for a server."""
+    """Encrypt a part of a model and write its client's and server's files, ONNX models, or both."""
     from fhe_fx.evaluate.results import card_figures
     from fhe_fx.export import FILES, check_destination, export_region, save
+    from fhe_fx.ir.program import Program
     from fhe_fx.report import report_on
 
-    check_destination(out, FILES)
+    if out is None and onnx is None:
+        raise OptionsError("Give where to write: --out DIR, --onnx DIR, or both.")
+    if out is not None:
+        check_destination(out, FILES)
+    if onnx is not None:
+        _check_onnx(onnx)
     accuracy = card_figures(evaluation, n_bits) if evaluation else None
     with _progress("loading and lowering the model") as show:
         region, whole, named = _lowered(
-            model, submodule, n_bits, tokens, heads, calibration, p_error, seed
+            model, submodule, n_bits, tokens, heads, calibration, p_error, seed, passes
         )
         _say(report_on([(region.program, None)]).regions[0].line())
+        onnx_manifest = _export_onnx(whole, region, onnx, model, show) if onnx else None
+        if out is None:
+            if as_json:
+                _print_json({"onnx": str(onnx), **(onnx_manifest or {})})
+            return
         show("compiling")
         region.circuit()
         cost = report_on([(region.program, region.facts)]).regions[0]
         _say(cost.line())
         told: dict[str, Any] = {"validate": not no_validate, "origin": model, "on_stage": show}
-        if whole is None or circuit_only:
+        if isinstance(whole, Program) or circuit_only:
             manifest = export_region(region, out, **told)
         else:
             tokenizer = _tokenizer_if_any(named)
             manifest = save(whole, out, tokenizer=tokenizer, accuracy=accuracy, **told)
     if as_json:
-        _print_json(_export_summary(manifest, out, cost.estimated_seconds))
+        summary = _export_summary(manifest, out, cost.estimated_seconds)
+        _print_json(summary | ({"onnx": str(onnx)} if onnx else {}))
         return
     sizes = [f"{party} {_size(_bytes_of(out / party))}" for party in ("client", "server")]
     _print(f"{out}: {', '.join(sizes)}")
@@ -332,6 +382,34 @@ def _tokenizer_if_any(named: NamedModel) -> Any:
 
 def _bytes_of(directory: Path) -> int:
     return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+
+
+def _check_onnx(directory: Path) -> None:
+    from fhe_fx.export import check_destination
+    from fhe_fx.export.manifest import ONNX_FORMAT
+    from fhe_fx.export.onnx import ONNX_FILES
+
+    check_destination(directory, ONNX_FILES, format=ONNX_FORMAT)
+
+
+def _export_onnx(
+    whole: Any, region: Region, directory: Path, origin: str, on_stage: Callable[[str], None]
+) -> dict[str, Any]:
+    from fhe_fx.export.onnx import export_onnx, write_onnx
+    from fhe_fx.ir.program import Program
+
+    if isinstance(whole, Program):
+        manifest = write_onnx(whole, region, directory, origin=origin, on_stage=on_stage)
+    else:
+        manifest = export_onnx(whole, directory, origin=origin, on_stage=on_stage)
+    checked = manifest["validation"]
+    sizes = [f"{name} {_size(file['bytes'])}" for name, file in manifest["files"].items()]
+    _say(f"{directory}: {', '.join(sizes)}")
+    _say(
+        f"validated in ONNX Runtime: integers equal on {checked['samples']} samples, floats within "
+        f"{checked['float_error']:.1g} of the largest"
+    )
+    return manifest
 
 
 def _export_summary(
@@ -369,6 +447,10 @@ def report(
     calibration: Calibration = None,
     p_error: PError = None,
     seed: Seed = 0,
+    passes: Passes = None,
+    backend: Annotated[
+        str, typer.Option(help="Who compiles, and says what it costs.")
+    ] = "concrete",
     as_json: AsJson = False,
 ) -> None:
     """Say what a region costs, look-up by look-up."""
@@ -384,16 +466,25 @@ def report(
     else:
         with _progress("loading and lowering the model") as show:
             region, *_ = _lowered(
-                model, submodule, n_bits, tokens, heads, calibration, p_error, seed
+                model, submodule, n_bits, tokens, heads, calibration, p_error, seed, passes
             )
             _say(report_on([(region.program, None)]).regions[0].line())
             show("compiling")
-            region.circuit()
-        found = report_on([(region.program, region.facts)])
+            region_facts = _facts(region, backend)
+        found = report_on([(region.program, region_facts)])
     if as_json:
         _print_json(found.as_dict())
     else:
         _print(str(found))
+
+
+def _facts(region: Region, backend: str) -> CircuitFacts | None:
+    """Compile a region, and return what its compiler says it costs."""
+    from fhe_fx.backends import get_backend
+
+    if backend == "concrete":
+        return region.circuit().facts  # which knows what to advise where it fails
+    return get_backend(backend).compile(region.program).facts
 
 
 @app.command()
@@ -937,10 +1028,15 @@ def _say_ready(url: str) -> None:
 
 
 @app.command()
-def passes(as_json: AsJson = False) -> None:
-    """List the default pipeline in order, with the law of each pass."""
-    from fhe_fx.passes import default_pipeline
-
+def passes(
+    pipeline: Annotated[
+        str | None, typer.Argument(help="As --passes takes it; without it, the default pipeline.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List a pipeline in order, with the law of each pass, and check that it can run."""
+    chosen = _pipeline(pipeline)
+    chosen.check()
     rows = [
         {
             "name": p.name,
@@ -949,7 +1045,7 @@ def passes(as_json: AsJson = False) -> None:
             "gives": sorted(p.gives),
             "breaks": sorted(p.breaks),
         }
-        for p in default_pipeline()
+        for p in chosen
     ]
     if as_json:
         _print_json({"passes": rows})
@@ -962,6 +1058,84 @@ def passes(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def graph(
+    source: Annotated[str, typer.Argument(help="A directory that FHE_FX_DUMP wrote, or a MODEL.")],
+    html: Annotated[Path | None, typer.Option(help="A page to write: all steps, folded.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="A picture to write of the last step.")] = None,
+    level: Annotated[str, typer.Option(help="Of the picture: modules, lines or nodes.")] = "nodes",
+    submodule: Submodule = None,
+    n_bits: NBits = 4,
+    tokens: Tokens = None,
+    heads: Heads = None,
+    calibration: Calibration = None,
+    p_error: PError = None,
+    seed: Seed = 0,
+    passes: Passes = None,
+) -> None:
+    """Draw the graph of an encrypted part, before and after each pass."""
+    from fhe_fx.report.page import LEVELS, read_snapshots, to_page, to_svg
+
+    if html is None and svg is None:
+        raise OptionsError("Give what to write: --html out.html, --svg out.svg, or both.")
+    if level not in LEVELS:
+        raise OptionsError(f"--level {level!r} is not one of {', '.join(LEVELS)}.")
+    if submodule is None:
+        snapshots = read_snapshots(Path(source))
+    else:
+        with _progress("loading and lowering the model"), _dumping() as dump:
+            _lowered(source, submodule, n_bits, tokens, heads, calibration, p_error, seed, passes)
+            snapshots = read_snapshots(dump)
+    if html is not None:
+        html.write_text(to_page(snapshots), encoding="utf-8")
+        _say(f"{html}: {len(snapshots)} steps, {_size(html.stat().st_size)}")
+    if svg is not None:
+        svg.write_text(to_svg(snapshots[-1], level), encoding="utf-8")
+        _say(f"{svg}: {_size(svg.stat().st_size)}")
+
+
+@contextmanager
+def _dumping() -> Iterator[Path]:
+    """Let lowerings be dumped, to where FHE_FX_DUMP says or to a place that is removed again."""
+    with tempfile.TemporaryDirectory(prefix="fhe_fx-") as directory:
+        held = os.environ.get(_DUMP)
+        os.environ[_DUMP] = held or directory
+        try:
+            yield Path(os.environ[_DUMP])
+        finally:
+            if held is None:
+                del os.environ[_DUMP]
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A directory that FHE_FX_DUMP wrote.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Compare two compilations node by node; the exit code is 1 if they differ."""
+    from fhe_fx.report.difference import compare_snapshots
+    from fhe_fx.report.page import read_snapshots
+
+    found = compare_snapshots(read_snapshots(first)[-1], read_snapshots(second)[-1])
+    _print(str(found))
+    if found.changes:
+        raise typer.Exit(1)
+
+
+def _plugins() -> list[str]:
+    """Load every plugin, and list those that work and those that do not."""
+    from fhe_fx import plugins
+    from fhe_fx.backends import backend_names
+    from fhe_fx.passes import registered
+    from fhe_fx.passes.lowerings.registry import load_lowerings
+
+    registered()
+    load_lowerings()
+    backend_names()
+    working = [f"{p}: {p.name} of {p.group}" for p in plugins.loaded()]
+    return working + [f"{f.plugin}: {f.plugin.name}, left out" for f in plugins.faults()]
+
+
+@app.command()
 def doctor(
     no_measure: Annotated[
         bool, typer.Option("--no-measure", help="Do not run look-ups to measure their rate.")
@@ -971,7 +1145,7 @@ def doctor(
     """Say what is installed, what this machine is, and how fast it runs look-ups."""
     from fhe_fx.report.machine import machine_facts, store_rate
 
-    facts = machine_facts()
+    facts = machine_facts() | {"plugins": _plugins()}
     if not no_measure:
         with _progress("running 128 look-ups of 6 bits, encrypted"):
             from fhe_fx.backends.concrete.benchmark import measure_look_ups
@@ -992,5 +1166,7 @@ def doctor(
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in facts.items():
         shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+        if isinstance(value, list):
+            shown = "\n".join(value) or "none"
         table.add_row(Text(key.replace("_", " ")), Text(shown))
     Console(highlight=False).print(table)

@@ -2,56 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fhe_fx.backends.reference import ReferenceBackend
-from fhe_fx.capture import capture
+from fhe_fx.export.onnx import integer_model
+from fhe_fx.export.onnx.model import encoded_name
+from fhe_fx.export.onnx.validate import run_model, session
 from fhe_fx.ir import Program
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.types import ValueType
-from fhe_fx.options import Options
 from fhe_fx.passes import Pass, Pipeline, default_pipeline
 from fhe_fx.quant.classes import find_classes
 from fhe_fx.quant.rounded import rounded_values
+from fhe_fx.testing import Sample, program_from, seeded
 
-Sample = tuple[Tensor, ...]
-
-
-class Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[..., object]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> object:
-        return self.function(*inputs)
-
-
-def program_from(
-    model: nn.Module | Callable[..., object], samples: Sequence[Sample], n_bits: int = 6
-) -> Program:
-    """Capture a module, or a function of tensors, with its calibration samples."""
-    module = model if isinstance(model, nn.Module) else Call(model)
-    program = capture(module.eval(), samples[0], {}, [])
-    program.name = "region"
-    program.samples = list(samples)
-    program.options = Options(n_bits=n_bits)
-    return program
-
-
-def seeded(
-    shape: Sequence[int], n: int = 16, seed: int = 0, positive: bool = False
-) -> list[Tensor]:
-    """Return calibration values of one input."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn((n, *shape), generator=generator).clamp(-2.5, 2.5)
-    return list(values.abs() + 0.5 if positive else values)
+__all__ = [
+    "Sample",
+    "assert_close",
+    "decode",
+    "encode",
+    "lower",
+    "lower_with_prediction",
+    "onnx_results",
+    "program_from",
+    "relative_error",
+    "run_all",
+    "run_integers",
+    "seeded",
+]
 
 
 def run_all(program: Program, samples: Sequence[Sample]) -> list[Tensor]:
@@ -79,10 +62,26 @@ def decode(program: Program, results: Sequence[npt.NDArray[np.int64]]) -> list[T
     return decoded
 
 
+def onnx_results(
+    program: Program, encoded: Sequence[npt.NDArray[np.int64]]
+) -> list[npt.NDArray[np.int64]]:
+    """Run an integer program as an ONNX model, in ONNX Runtime."""
+    model = session(integer_model(program).SerializeToString())
+    names = map(encoded_name, range(len(encoded)))
+    return list(run_model(model, dict(zip(names, encoded, strict=True))).values())
+
+
 def run_integers(program: Program, samples: Sequence[Sample]) -> list[Tensor]:
-    """Run an integer program by the reference: one stack of real values for each result."""
+    """Run an integer program by the reference: one stack of real values for each result.
+
+    ONNX Runtime must give the same integers on the first sample.
+    """
     circuit = ReferenceBackend().compile(program)
-    runs = [decode(program, circuit.clear(encode(program, s))) for s in samples]
+    encoded = [encode(program, s) for s in samples]
+    found = [circuit.clear(inputs) for inputs in encoded]
+    for ours, theirs in zip(found[0], onnx_results(program, encoded[0]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    runs = [decode(program, results) for results in found]
     return [torch.stack(r) for r in zip(*runs, strict=True)]
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "fhe_fx"
 
-FOUNDATION = {"errors", "options"}
+FOUNDATION = {"errors", "options", "plugins"}
 IR = FOUNDATION | {"ir"}
 COMPILER = IR | {"quant"}
 RULES: dict[str, set[str]] = {
     "errors": set(),
+    # What installed packages add is asked for by those who hold a registry.
+    "plugins": set(),
     "options": {"errors"},
     # ir and quant are what passes and backends have in common.
     "ir": FOUNDATION,
@@ -29,19 +31,23 @@ RULES: dict[str, set[str]] = {
     "export": COMPILER | {"capture", "passes", "backends", "runtime", "report"},
     # api puts the rooms together: what it makes knows how to be saved.
     "api": COMPILER | {"capture", "passes", "backends", "runtime", "report", "export"},
+    "extend": COMPILER | {"capture", "passes"},
+    "testing": COMPILER | {"capture", "passes", "report", "extend"},
     "evaluate": COMPILER | {"capture", "passes", "backends", "runtime", "report", "api"},
     "inspection": COMPILER | {"passes", "backends", "runtime", "report"},
     # client and server: bundles come from export, stand-ins from the runtime.
     "serving": FOUNDATION | {"backends", "runtime", "export"},
     "cli": COMPILER
     | {"capture", "passes", "backends", "runtime", "report", "api", "export", "evaluate", "serving"}
-    | {"inspection", "__init__"},
+    | {"inspection", "__init__", "extend"},
     "__init__": COMPILER | {"api", "export", "inspection", "passes", "serving"},
     "__main__": {"cli"},
 }
 """What each room may import of the package, besides itself."""
 
-LAZY_ONLY = {"fhe_fx.backends.concrete": {"runtime", "report", "export", "cli", "serving"}}
+LAZY_ONLY = {
+    "fhe_fx.backends.concrete": {"runtime", "report", "export", "cli", "serving", "backends"}
+}
 """Modules that may be imported inside functions only, and by these rooms."""
 
 
@@ -143,6 +149,16 @@ def test_only_serving_imports_the_web() -> None:
     assert not early, _listed(early)
 
 
+def test_only_onnx_export_imports_onnx() -> None:
+    room = PACKAGE / "export" / "onnx"
+    onnx = {"onnx", "onnxruntime", "onnxscript"}
+    wrong = [i for i in IMPORTS if i.module.split(".")[0] in onnx and room not in i.file.parents]
+    assert not wrong, _listed(wrong)
+    early = [i for i in OWN if i.module.startswith("fhe_fx.export.onnx")]
+    early = [i for i in early if room not in i.file.parents and not i.is_lazy]
+    assert not early, _listed(early)
+
+
 def test_the_concrete_backend_is_imported_late() -> None:
     for module, rooms in LAZY_ONLY.items():
         room = PACKAGE.joinpath(*module.split(".")[1:])
@@ -166,8 +182,16 @@ def _seconds(statement: str) -> float:
 
 
 def test_import_leaves_heavy_packages_alone() -> None:
-    heavy = ["concrete", "transformers", "typer", "rich", "matplotlib", "onnx", "pkg_resources"]
-    heavy += ["fastapi", "uvicorn", "httpx", "zstandard", "cryptography", "prometheus_client"]
+    heavy = ["concrete", "transformers", "typer", "rich", "matplotlib", "onnx", "onnxruntime"]
+    heavy += [
+        "fastapi",
+        "uvicorn",
+        "httpx",
+        "zstandard",
+        "cryptography",
+        "prometheus_client",
+        "pkg_resources",
+    ]
     code = f"import fhe_fx, sys; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
     assert run.stdout.decode().strip() == "[]"
@@ -198,6 +222,11 @@ def test_each_party_needs_its_own_extra_alone() -> None:
         CLIENT_ONLY, "import fhe_fx; fhe_fx.connect"
     )
     serve = "from fhe_fx.cli import app; app(['serve', 'none'])"
+    missing = _without(["onnx"], "import fhe_fx.export.onnx")
+    assert "fhe_fx.export.onnx needs onnx: pip install 'fhe_fx[onnx]'" in missing
+    export = "from fhe_fx.cli import app; app(['export', 'm', '--onnx', 'none'])"
+    missing = _without(["onnxruntime"], export)
+    assert missing == "error: This needs onnxruntime: pip install 'fhe_fx[onnx]'\n", missing
     message = _without(SERVER_ONLY, serve)
     assert message == "error: This needs uvicorn: pip install 'fhe_fx[server]'\n", message
 

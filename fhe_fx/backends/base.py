@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,7 @@ class Circuit(Protocol):
         """Encrypt, run, decrypt."""
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Compiles integer programs."""
 

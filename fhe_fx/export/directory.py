@@ -16,12 +16,15 @@ from fhe_fx.export.manifest import FORMAT, MANIFEST, MODEL_FORMAT, read_manifest
 __all__ = ["check_destination", "new_directory"]
 
 
-def check_destination(directory: str | Path, files: Collection[str]) -> None:
+def check_destination(
+    directory: str | Path, files: Collection[str], *, format: str = FORMAT
+) -> None:
     """Check that an artefact may be written to `directory`.
 
     Args:
         directory: where; missing parents are made when it is written.
         files: paths in it of the files of an artefact beside its manifest.
+        format: what the directory is, as its manifest says.
 
     Raises:
         ArtifactError: if it is a file, or holds anything but an artefact of ours.
@@ -43,7 +46,8 @@ def check_destination(directory: str | Path, files: Collection[str]) -> None:
             f"{directory} holds {extra[0]!r}, which no export wrote, so it is not replaced. "
             f"Give another directory."
         )
-    format = MODEL_FORMAT if stated_format(directory) == MODEL_FORMAT else FORMAT
+    if format == FORMAT and stated_format(directory) == MODEL_FORMAT:
+        format = MODEL_FORMAT
     try:
         read_manifest(directory, check_versions=False, format=format)
     except ArtifactError as error:
@@ -64,21 +68,24 @@ def _path_to(name: str) -> list[PurePosixPath]:
 
 
 @contextlib.contextmanager
-def new_directory(directory: str | Path, files: Collection[str]) -> Iterator[Path]:
+def new_directory(
+    directory: str | Path, files: Collection[str], *, format: str = FORMAT
+) -> Iterator[Path]:
     """Give a directory to write to, which becomes `directory` if nothing fails.
 
     Args:
         directory: as `check_destination` accepts.
         files: paths in it of the files of an artefact beside its manifest.
+        format: what the directory is, as its manifest says.
     """
     final = Path(directory).resolve()
-    check_destination(final, files)
+    check_destination(final, files, format=format)
     token = secrets.token_hex(4)
     partial = final.with_name(f".{final.name}.partial-{token}")
     partial.mkdir(parents=True)
     try:
         yield partial
-        check_destination(final, files)
+        check_destination(final, files, format=format)
         _put(partial, final, final.with_name(f".{final.name}.old-{token}"))
     finally:
         shutil.rmtree(partial, ignore_errors=True)

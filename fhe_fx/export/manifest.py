@@ -18,6 +18,7 @@ __all__ = [
     "FORMAT",
     "MANIFEST",
     "MODEL_FORMAT",
+    "ONNX_FORMAT",
     "SCHEMA",
     "SERVER_FORMAT",
     "check_files",
@@ -40,7 +41,15 @@ FORMAT, CLIENT_FORMAT, SERVER_FORMAT = (
 """What a directory is: the whole, for who exports, and the two parts that are handed out."""
 MODEL_FORMAT, CLIENT_MODEL_FORMAT = "fhe_fx model", "fhe_fx client model"
 """A model of which several parts were exported, and what a client gets of it, of one or several."""
-_FORMATS = (FORMAT, CLIENT_FORMAT, SERVER_FORMAT, MODEL_FORMAT, CLIENT_MODEL_FORMAT)
+ONNX_FORMAT = "fhe_fx ONNX export"
+_FORMATS = (
+    FORMAT,
+    CLIENT_FORMAT,
+    SERVER_FORMAT,
+    MODEL_FORMAT,
+    CLIENT_MODEL_FORMAT,
+    ONNX_FORMAT,
+)
 SCHEMA = 2
 _MAX_MANIFEST = 64 << 20
 _PACKAGES = ("fhe_fx", "torch", "concrete-python", "numpy")

@@ -184,6 +184,7 @@ def _manifest(region: Region, origin: str) -> dict[str, Any]:
         "heads": _heads(region),
         "options": dataclasses.asdict(program.options),
         "passes": [p.name for p in region.pipeline],
+        "pipeline": str(region.pipeline),
         "inputs": [
             {"name": n.name, "shape": list(d.shape_of(n)), "dtype": "float32"}
             for n in region.captured.placeholders

@@ -52,7 +52,7 @@ def lower_region(target: Program, heads: Sequence[int] | None, pipeline: Pipelin
     program = copy.deepcopy(captured)
     pipeline.run(program)
     shapes = tuple(d.shape_of(n) for n in target.placeholders)
-    return Region(path, target, composed.module, captured, program, pipeline, shapes)
+    return Region(path, target, composed.module, captured, program, pipeline.dumping(None), shapes)
 
 
 class _Prefix(fx.Interpreter):

@@ -16,6 +16,7 @@ from fhe_fx.errors import ArtifactError, BitWidthError, FheFxError
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.partition import ENCRYPTED
+from fhe_fx.quant.calibration import Call
 from fhe_fx.runtime.causality import causal_axes
 from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.ranges import RangeWatch
@@ -58,6 +59,8 @@ class Region:
     """Tokens of the model inputs that it was captured with; None if those are no tokens."""
     keys_from: Region | None = None
     """The region whose keys its circuit uses too, where their parameters allow it."""
+    call: Call | None = None
+    """The call of the model with which it was captured, where there is a model."""
     remote: Remote | None = None
     """Who runs it in mode "remote"; `fhe_fx.connect` says so."""
     watch: RangeWatch | None = None

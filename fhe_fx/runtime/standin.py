@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fhe_fx.errors import TargetError
+
 if TYPE_CHECKING:
     from fhe_fx.runtime.module import EncryptedModule
 
-__all__ = ["StandIn", "stand_ins"]
+__all__ = ["StandIn", "encrypted_modules", "stand_ins"]
 
 
 class StandIn(nn.Module):
@@ -66,3 +68,18 @@ class StandIn(nn.Module):
 def stand_ins(model: nn.Module) -> list[StandIn]:
     """List the stand-ins of a model, in its order."""
     return [m for m in model.modules() if isinstance(m, StandIn)]
+
+
+def encrypted_modules(model: nn.Module) -> list[EncryptedModule]:
+    """List the encrypted parts of a model, in its order; of each length, the shortest first.
+
+    Raises:
+        TargetError: if there is none.
+    """
+    found = [part for stand_in in stand_ins(model) for part in stand_in.parts]
+    if not found:
+        raise TargetError(
+            f"{type(model).__name__} has no encrypted part. Use the model that "
+            f"fhe_fx.encrypt_submodule returned; it leaves the one it is given as it was."
+        )
+    return found

@@ -22,8 +22,9 @@ from fhe_fx.backends.reference.noise import LookupNoise
 from fhe_fx.ir import Program
 from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.passes import default_pipeline
+from fhe_fx.testing.strategies import Recipe, recipes
 from tests.models import FEW, shipped_gpt2, shipped_sentences, tiny_llama
-from tests.passes.test_random_graphs import QUICK, Recipe, recipes
+from tests.passes.test_random_graphs import QUICK
 from tests.programs import encode, lower, program_from, run_all, seeded
 
 

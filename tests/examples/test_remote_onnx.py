@@ -74,7 +74,7 @@ def test_a_client_without_pytorch_writes_on(tmp_path: Path) -> None:
                 "--server", server.stdout.readline().strip(), "--keys", tmp_path / "keys",
                 "--prompt", " ".join(map(str, prompt)),
             ]  # fmt: skip
-            code = CLIENT.format(script=str(ROOT / "examples/remote_onnx/client.py"))
+            code = CLIENT.format(script=str(ROOT / "examples/remote_onnx/remote_client.py"))
             command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
             found = subprocess.run(
                 command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True

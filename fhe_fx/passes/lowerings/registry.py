@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
+from fhe_fx import plugins
+from fhe_fx.errors import PassError
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
 
@@ -23,6 +25,7 @@ __all__ = [
     "aten",
     "fit",
     "is_encrypted",
+    "load_lowerings",
     "register_lowering",
     "shape_of",
 ]
@@ -43,23 +46,57 @@ class Unsupported(Exception):  # noqa: N818 -- a reason that normalize collects,
     """Why a rule cannot lower a call."""
 
 
-def register_lowering(*ops: Any) -> Callable[[F], F]:
+def register_lowering(*ops: Any, replace: bool = False) -> Callable[[F], F]:
     """Register the decorated function as the lowering of operators.
 
     Args:
         ops: operator overloads (`torch.ops.aten.add.Tensor`), or packets for all their overloads.
+        replace: take the place of a rule that an operator has already.
+
+    Raises:
+        PassError: if an operator has a rule of another name, and `replace` is not given.
     """
+    overloads = [overload for op in ops for overload in _overloads(op)]
 
     def decorate(rule: F) -> F:
-        for op in ops:
-            if isinstance(op, torch._ops.OpOverloadPacket):
-                for name in op.overloads():
-                    LOWERINGS[getattr(op, name)] = rule
-            else:
-                LOWERINGS[op] = rule
+        for op in overloads:
+            known = LOWERINGS.get(op, rule)
+            if not replace and _full_name(known) != _full_name(rule):
+                raise PassError(
+                    f"{op} has a lowering: {_full_name(known)}. To put {_full_name(rule)} in its "
+                    f"place, give register_lowering(..., replace=True)."
+                )
+        LOWERINGS.update(dict.fromkeys(overloads, rule))
         return rule
 
     return decorate
+
+
+def _overloads(op: Any) -> list[Any]:
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        return [getattr(op, name) for name in op.overloads()]
+    return [op]
+
+
+def _full_name(rule: Lowering) -> str:
+    return f"{rule.__module__}.{rule.__qualname__}"
+
+
+def load_lowerings() -> None:
+    """Import the modules under the entry point group `fhe_fx.lowerings`.
+
+    A module that fails leaves no rule behind, and is reported.
+    """
+    good = dict(LOWERINGS)
+
+    def accept(module: Any) -> None:
+        good.update(LOWERINGS)
+
+    def restore() -> None:
+        LOWERINGS.clear()
+        LOWERINGS.update(good)
+
+    plugins.load(plugins.LOWERINGS, accept, restore)
 
 
 def is_encrypted(x: object) -> bool:

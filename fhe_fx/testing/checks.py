@@ -1,0 +1,155 @@
+"""What a pass is to be held to: texts, meaning, cost."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from textwrap import dedent
+
+import torch
+from torch import Tensor
+
+from fhe_fx.extend import Rewrite
+from fhe_fx.ir import Program, verify
+from fhe_fx.ir.equivalence import FLOAT_TOLERANCE, first_difference
+from fhe_fx.passes import Pass
+from fhe_fx.report import report_on
+from fhe_fx.testing.programs import Build, Sample, float_program, seeded, statements
+
+__all__ = ["assert_cost", "assert_equivalent", "assert_law", "check_pass"]
+
+
+def check_pass(
+    rewrite: Pass,
+    build: Build,
+    *,
+    inputs: Sequence[Tensor],
+    before: str,
+    after: str | None = None,
+    notes: Sequence[str] = (),
+) -> Program:
+    """Run a pass on a small float program and compare all that it promises.
+
+    The printed statements before and after, what `run` returned, the rules of the dialect, the
+    results, that a second run changes nothing, and the reasons noted for what was declined.
+
+    Args:
+        rewrite: the pass.
+        build: writes the program: `build(builder, *placeholders)` returns its result.
+        inputs: a value of each input.
+        before: the printed statements of the program.
+        after: those after the pass; None where it is to change nothing.
+        notes: the reasons noted.
+
+    Returns:
+        The program after the pass.
+
+    Raises:
+        AssertionError: says which of these is not so.
+    """
+    program = float_program(build, inputs)
+    _assert_text("the program before", statements(program), dedent(before).strip())
+    given = float_program(build, inputs)
+    for run, has_changed in (("run", after is not None), ("second run", False)):
+        said = rewrite.run(program)
+        program.clean()
+        verify(program)
+        _assert_text(
+            f"{rewrite.name}, {run},", statements(program), dedent(after or before).strip()
+        )
+        if said is not has_changed:
+            raise AssertionError(f"{rewrite.name}, {run}, returned {said}, not {has_changed}.")
+        if rewrite.is_exact:
+            assert_equivalent(given, program, [tuple(inputs)])
+    found = [note.reason for note in program.notes]
+    if found != list(notes):
+        raise AssertionError(f"{rewrite.name} noted {found}, not {list(notes)}.")
+    return program
+
+
+def _assert_text(what: str, found: str, expected: str) -> None:
+    if found != expected:
+        lines = difflib.unified_diff(
+            expected.splitlines(), found.splitlines(), "expected", "found", lineterm=""
+        )
+        raise AssertionError("\n".join([f"{what} is another:", *lines]))
+
+
+def assert_equivalent(
+    before: Program,
+    after: Program,
+    samples: Sequence[Sample] | None = None,
+    tolerance: float | None = None,
+) -> None:
+    """Check that two programs of one stage compute the same, and name the node where they part.
+
+    Args:
+        before: the program as it should be.
+        after: the other one.
+        samples: values of the original inputs; by default the calibration samples of `before`.
+        tolerance: of the largest value; by default float rounding, or next to nothing for integers.
+
+    Raises:
+        AssertionError: names the first node that differs, by how much, and its printed lines.
+        ValueError: if one is in integers and the other is not, or there are no samples.
+    """
+    stages = ["integer" if "integer" in p.properties else "float" for p in (before, after)]
+    if stages[0] != stages[1]:
+        raise ValueError(f"The programs are of the stages {stages[0]} and {stages[1]}.")
+    samples = before.samples if samples is None else samples
+    if not samples:
+        raise ValueError("There are no samples to compare on.")
+    if (found := first_difference(before, after, samples, tolerance)) is not None:
+        raise AssertionError(f"The programs do not compute the same: {found}")
+
+
+def assert_law(
+    rewrite: Rewrite, *shapes: Sequence[int], error: float = FLOAT_TOLERANCE, n: int = 64
+) -> None:
+    """Check the law of a rewrite by pattern on random inputs.
+
+    Args:
+        rewrite: whose `before` and `after` are compared.
+        shapes: of each argument.
+        error: largest difference, in parts of the largest value; by default float rounding.
+        n: how many random inputs.
+
+    Raises:
+        AssertionError: if they differ by more, or in shape.
+    """
+    samples = list(zip(*[seeded(s, n, seed=i) for i, s in enumerate(shapes)], strict=True))
+    expected = [rewrite.before(*sample) for sample in samples]
+    found = [rewrite.after(*sample) for sample in samples]
+    if expected[0].shape != found[0].shape:
+        raise AssertionError(
+            f"{rewrite.name}: before() has the shape {list(expected[0].shape)}, after() "
+            f"{list(found[0].shape)}."
+        )
+    a, b = torch.stack(expected), torch.stack(found)
+    relative = float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
+    if not relative <= error:
+        raise AssertionError(
+            f"{rewrite.name}: after() differs from before() by {relative:.3g} of the largest value "
+            f"on {n} random inputs; {error:g} is allowed."
+        )
+
+
+def assert_cost(program: Program, *, look_ups: int, bits: int | None = None) -> None:
+    """Check what an integer program costs at most.
+
+    Args:
+        program: lowered to integers.
+        look_ups: bootstraps of one run, at most.
+        bits: input bits of the widest look-up, at most.
+
+    Raises:
+        AssertionError: names what costs more, with the table of all look-ups.
+    """
+    report = report_on([(program, None)])
+    cost = report.regions[0]
+    if cost.look_ups > look_ups:
+        raise AssertionError(f"{cost.look_ups} look-ups, {look_ups} are allowed.\n{report}")
+    if bits is not None and cost.max_lookup_bits > bits:
+        raise AssertionError(
+            f"a look-up reads {cost.max_lookup_bits} bits, {bits} are allowed.\n{report}"
+        )

@@ -1,0 +1,1 @@
+"""What researchers add: pipelines as text, rewrites by pattern."""
