@@ -6,10 +6,12 @@ from fhe_fx.passes.allot_bits import AllotBits
 from fhe_fx.passes.assign_scales import AssignScales
 from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.calibrate import Calibrate
+from fhe_fx.passes.choose_bases import ChooseBases
 from fhe_fx.passes.choose_ranges import ChooseRanges
 from fhe_fx.passes.drop_idle_maps import DropIdleMaps
 from fhe_fx.passes.expand_matmuls import ExpandMatmuls
 from fhe_fx.passes.fold_scales import FoldScales
+from fhe_fx.passes.fuse_linears import FuseLinears
 from fhe_fx.passes.fuse_maps import FuseMaps
 from fhe_fx.passes.hoist_maps import HoistMaps
 from fhe_fx.passes.insert_refreshes import InsertRefreshes
@@ -38,6 +40,11 @@ def default_pipeline() -> Pipeline:
             Normalize(),
             SinkSelections(),
             FoldScales(may_copy=False),
+            # Few channels wherever two encrypted matrices meet.
+            Calibrate(),
+            ChooseBases(),
+            FuseLinears(),
+            SinkSelections(),
             # No softmax, no matrix product of two encrypted tensors.
             LowerSoftmax(),
             SinkPairs(),
