@@ -18,6 +18,7 @@ from fhe_fx.passes.insert_refreshes import InsertRefreshes
 from fhe_fx.passes.limit_factors import LimitFactors
 from fhe_fx.passes.lower_softmax import LowerSoftmax
 from fhe_fx.passes.lower_to_integers import LowerToIntegers
+from fhe_fx.passes.merge_maps import MergeMaps
 from fhe_fx.passes.normalize import Normalize
 from fhe_fx.passes.products_to_squares import ProductsToSquares
 from fhe_fx.passes.sink_pairs import SinkPairs
@@ -67,6 +68,7 @@ def default_pipeline() -> Pipeline:
             # Integers.
             InsertRefreshes(),
             HoistMaps(),
+            MergeMaps(),
             SplitInputs(),
             UntieScales(),
             Calibrate(),
