@@ -9,6 +9,7 @@ true}`, or `{"ok": false, "kind": ..., "message": ...}`. Ciphertexts, keys and r
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Worker", "main"]
 
 _PR_SET_PDEATHSIG = 1
+_TOO_MUCH = "The run needs more memory than a worker may use."
 
 
 class Worker:
@@ -50,10 +52,12 @@ class Worker:
         try:
             self._run(job)
         except MemoryError:
-            return _refusal("out_of_memory", "The run needs more memory than a worker may use.")
+            return _refusal("out_of_memory", _TOO_MUCH)
         except WireError as error:
             return _refusal("malformed", str(error))
         except OSError as error:
+            if error.errno == errno.ENOMEM:  # a file that cannot be mapped, say
+                return _refusal("out_of_memory", _TOO_MUCH)
             return _refusal("storage", f"The server cannot read or keep a file: {error.strerror}.")
         except FheFxError as error:
             return _refusal("failed", str(error))
