@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.batch import BatchInterpreter
 from fhe_fx.ir.build import Builder, compact
-from fhe_fx.ir.ops import LINEAR, PUT_PAIRS, TAKE_PAIRS
+from fhe_fx.ir.ops import LINEAR, PUT_PAIRS, SCALE, SHIFT, TAKE_PAIRS
 from fhe_fx.ir.views import Sum
 
 __all__ = ["AffineChain"]
@@ -98,7 +98,8 @@ class AffineChain:
         def is_weighted(n: fx.Node) -> bool:
             readers = [u for u in n.users if u in inside]
             return bool(readers) and all(
-                d.is_call(u, LINEAR) or (d.is_call(u, *d.STRUCTURAL) and is_weighted(u))
+                d.is_call(u, LINEAR)
+                or (d.is_call(u, *d.STRUCTURAL, SCALE, SHIFT) and is_weighted(u))
                 for u in readers
             )
 

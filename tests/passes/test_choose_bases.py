@@ -33,6 +33,13 @@ class _Scores(nn.Module):
         return scores
 
 
+class _Normalized(_Scores):
+    """The same behind the weights of a normalization."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.tanh(x) * torch.linspace(0.5, 1.5, 12) + 0.1)
+
+
 class _Unweighted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x @ x.transpose(-2, -1)
@@ -57,6 +64,10 @@ def test_channels_that_do_not_contribute_are_left_out() -> None:
     error = relative_error(expected[0], run_all(program, UNSEEN)[0])
     # The tolerance holds on samples; others of the same kind are within twice that.
     assert error <= 2 * ChooseBases().tolerance * 2.0**-6
+
+
+def test_factors_in_front_of_the_weights_are_no_obstacle() -> None:
+    assert _rank(_program(_Normalized(), ChooseBases())) <= RANK
 
 
 def test_more_bits_keep_more_channels() -> None:
