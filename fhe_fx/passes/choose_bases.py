@@ -35,7 +35,7 @@ class ChooseBases(Pass):
     breaks: ClassVar[frozenset[str]] = frozenset({"calibrated"})
     is_exact: ClassVar[bool] = False
 
-    tolerance: float = 0.5
+    tolerance: float = 0.25
     """Error of the results that leaving out channels may make, in parts of 2**-n_bits of their
     size. One is what rounding the results to that many bits would make, about."""
 
