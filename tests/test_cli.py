@@ -238,7 +238,10 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stderr.strip() == "interrupted"
 
 
-def test_interruption_of_native_code() -> None:
+def test_interruption_of_native_code(request: pytest.FixtureRequest) -> None:
+    # A shell's background job ignores interrupts, and its children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     start = time.monotonic()
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):

@@ -108,7 +108,8 @@ def test_values_beyond_calibration_do_not_wrap(name: str) -> None:
 def test_noise_is_of_the_predicted_size(name: str) -> None:
     case = _compiled(name)
     errors = []
-    for expected, sample in zip(case.expected, _samples(name), strict=True):
+    # Four draws: the mean over the few values of one varies by a tenth.
+    for expected, sample in [*zip(case.expected, _samples(name), strict=True)] * 4:
         results = case.circuit.simulate(encode(case.program, sample))
         errors.append(decode(case.program, results)[0] - expected)
     # As for the clear run: what wraps may at most double it.

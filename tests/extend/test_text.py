@@ -15,6 +15,8 @@ from fhe_fx.extend import parse_pipeline, read_pipeline
 from fhe_fx.passes import default_pipeline
 from fhe_fx.passes.fold_scales import FoldScales
 
+LIKE_FUSE_MAP = "Did you mean 'fuse-maps' or 'fuse-linears' or 'merge-maps'?"
+
 
 def refused(text: str) -> str:
     with pytest.raises(PassError) as error:
@@ -51,10 +53,13 @@ def test_edits() -> None:
     ("text", "message"),
     [
         (" , ", "The pipeline is empty. Write 'default', or names of passes."),
-        ("fuse-map", "There is no pass 'fuse-map'. Did you mean 'fuse-maps' or 'hoist-maps'?"),
+        (
+            "fuse-map",
+            f"There is no pass 'fuse-map'. {LIKE_FUSE_MAP}",
+        ),
         (
             "default,-fuse-map",
-            "No pass 'fuse-map' in this pipeline. Did you mean 'fuse-maps' or 'hoist-maps'?",
+            f"No pass 'fuse-map' in this pipeline. {LIKE_FUSE_MAP}",
         ),
         ("fuse-maps{bits=2}", "Pass fuse-maps has no option 'bits'. It has none."),
         (
