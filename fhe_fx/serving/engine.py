@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -122,8 +124,11 @@ class LocalPool:
             raise RunFailedError(answer["kind"], answer["message"])
 
     def _kill(self, process: asyncio.subprocess.Process) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        # Not `process.kill`: it collects a process that has just died before asyncio does, which
+        # then knows nothing of how it ended. The session is the worker's own.
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         self._all.discard(process)
 
     async def close(self) -> None:

@@ -351,15 +351,24 @@ def test_what_is_counted_and_logged(server: Server, body: bytes) -> None:
 # Limits, restarts, the end --------------------------------------------------------------------
 
 
-def test_time_and_memory_are_bounded(
+def test_memory_is_bounded(
     start: Start, bundle: ClientBundle, alice: StoredKeys, body: bytes
 ) -> None:
-    server = start("--timeout", 6, "--worker-memory", 0.2)
+    server = start("--worker-memory", 0.2)
     with server.http() as http:
         upload(http, alice)
         found = Asked(http, bundle, alice.id, body).state()
         assert found["state"] == "failed", found  # 160 MB of keys and what works on them
         assert found["kind"] in {"crashed", "out_of_memory", "failed"}
+        assert http.get("/health").status_code == 200
+
+
+def test_time_is_bounded(
+    start: Start, bundle: ClientBundle, alice: StoredKeys, body: bytes
+) -> None:
+    server = start("--timeout", 6)
+    with server.http() as http:
+        upload(http, alice)
         with halted(server):
             found = Asked(http, bundle, alice.id, body).state()
         assert (found["kind"], found["message"]) == (
