@@ -1,10 +1,12 @@
-"""Measures what one run of a GPT-2 head sends: keys, input and result, raw and as sent.
+"""Measures what one run of GPT-2's attention sends: keys, input and result, raw and as sent.
 
     python benchmarks/wire.py              # one head of GPT-2's size, random weights, 6 tokens
     python benchmarks/wire.py --tokens 8
+    python benchmarks/wire.py --part attention    # 12 heads and the output projection
 
 The result is that of one execution with keys; its decryption is compared with and without the cut.
-Bytes do not depend on the machine; the execution takes about two minutes on two cores.
+Bytes do not depend on the machine; the execution of a head takes about two minutes on two cores,
+that of the whole attention half an hour.
 """
 
 from __future__ import annotations
@@ -36,13 +38,15 @@ def main() -> None:
     )
 
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=("head", "attention"), default="head")
     parser.add_argument("--tokens", type=int, default=6)
     parser.add_argument("--n-bits", type=int, default=4)
     choices = parser.parse_args()
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config()).eval()
+    heads = [0] if choices.part == "head" else None
     encrypted = fhe_fx.encrypt_submodule(
-        model, "h.0.attn", n_bits=choices.n_bits, heads=[0], max_tokens=choices.tokens
+        model, "h.0.attn", n_bits=choices.n_bits, heads=heads, max_tokens=choices.tokens
     )
     region = encrypted_modules(encrypted)[0].region
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +73,7 @@ def main() -> None:
         print(
             json.dumps(
                 {
-                    "machine": machine_name(), "part": "one head", "tokens": choices.tokens,
+                    "machine": machine_name(), "part": choices.part, "tokens": choices.tokens,
                     "n_bits": choices.n_bits, "bits_kept_of_64": [kept_bits(e) for e in encodings],
                     "result_bytes_raw": raw, "result_bytes_sent": len(packed),
                     "result_ratio": round(raw / len(packed), 2),

@@ -29,6 +29,7 @@ from fhe_fx.passes.partition import ENCRYPTED
 from fhe_fx.quant.calibration import Call, as_call, check_calibration, sample_from_model
 from fhe_fx.report import Report, report_on
 from fhe_fx.runtime.generate import generate
+from fhe_fx.runtime.keyring import Keyring
 from fhe_fx.runtime.ladder import Ladder
 from fhe_fx.runtime.lower import lower_region
 from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
@@ -79,6 +80,7 @@ def encrypt_submodule(
     Args:
         model: any module that `torch.export` captures. It is left as it is.
         target: dotted path of a submodule, a unique suffix, a glob, `"re:..."`, or a list of these.
+            The circuits of several have keys in common; encrypt one after the other for keys apart.
         n_bits: precision of a quantized activation, 4 unless the options say otherwise.
         max_tokens: rows that the circuit takes; shorter prompts are padded where the region is
             causal. By default the usual length of the calibration inputs, or 8. Several lengths,
@@ -135,6 +137,9 @@ def encrypt_submodule(
             _lower(copied, paths, calls, first, heads, pipeline, options)
             for calls, first in lengths
         ]
+    regions = [region for targets in made for region, _ in targets]
+    if len(regions) > 1:
+        Keyring(regions)
     found: dict[nn.Module, StandIn] = {}
     for path, *rungs in zip(paths, *made, strict=True):
         original = copied.get_submodule(path)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fhe_fx.export.models import NamedModel
     from fhe_fx.ir.program import Program
     from fhe_fx.passes import Pipeline
+    from fhe_fx.report import RegionCost
     from fhe_fx.runtime.region import Region
 
 __all__ = ["app", "main"]
@@ -158,9 +159,24 @@ Submodule = Annotated[
     str | None,
     typer.Option(help="Part to encrypt: a path, a unique suffix, a glob or re:... that names one."),
 ]
+Submodules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--submodule",
+        help="Part to encrypt: a path, a unique suffix, a glob or re:...; once for each.",
+    ),
+]
 NBits = Annotated[int, typer.Option(help="Bits of a quantized activation.")]
 Tokens = Annotated[
     int | None, typer.Option(help="Rows of the circuit; by default 8, or as calibration has.")
+]
+Lengths = Annotated[
+    str | None,
+    typer.Option(
+        "--tokens",
+        help="Rows of the circuit; or of several with keys in common, as in 4,8,16. By default 8, "
+        "or as calibration has.",
+    ),
 ]
 Heads = Annotated[
     str | None, typer.Option(help="Encrypt these heads of an attention only, as in 0 or 0,3.")
@@ -216,23 +232,26 @@ def _pipeline(passes: str | None) -> Pipeline:
 
 def _lowered(
     model: str,
-    submodule: str | None,
+    submodules: list[str] | None,
     n_bits: int,
-    tokens: int | None,
+    lengths: tuple[int, ...] | None,
     heads: str | None,
     calibration: Path | None,
     p_error: float | None,
     seed: int,
     passes: str | None = None,
-) -> tuple[Region, nn.Module | Program, NamedModel]:
-    """Load a model and lower one part of it.
+    *,
+    is_one: bool = False,
+) -> tuple[list[Region], nn.Module | Program, NamedModel]:
+    """Load a model and lower parts of it; with `is_one`, refuse more than one circuit before.
 
     Returns:
-        The part; the model that it stands in, or the exported graph; what was loaded.
+        A region for each circuit; the model that they stand in, or the exported graph; what was
+        loaded.
     """
     from fhe_fx.export.models import load_calibration, load_model
 
-    if submodule is None:
+    if not submodules:
         raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
     chosen, pipeline = _head_numbers(heads), _pipeline(passes)
     pipeline.check()
@@ -241,32 +260,36 @@ def _lowered(
     samples = load_calibration(calibration, named) if calibration is not None else None
     if named.exported is not None:
         graph, region = _exported_region(
-            named.exported, submodule, tokens, chosen, samples, options, pipeline
+            named.exported, submodules, lengths, chosen, samples, options, pipeline
         )
-        return region, graph, named
+        return [region], graph, named
     import fhe_fx
     from fhe_fx.api import encrypted_modules
     from fhe_fx.capture import resolve_targets
 
     assert named.module is not None
-    _one(resolve_targets(named.module, submodule), submodule)
+    paths = resolve_targets(named.module, submodules)
+    if is_one:
+        _one(paths)
+        if len(lengths or ()) > 1:
+            raise OptionsError(f"--tokens {','.join(map(str, lengths or ()))}: give one length.")
     encrypted = fhe_fx.encrypt_submodule(
         named.module,
-        submodule,
+        submodules,
         n_bits=n_bits,
-        max_tokens=tokens,
+        max_tokens=lengths,
         heads=chosen,
         calibration=samples,
         options=options,
         passes=pipeline,
     )
-    return encrypted_modules(encrypted)[0].region, encrypted, named
+    return [part.region for part in encrypted_modules(encrypted)], encrypted, named
 
 
 def _exported_region(
     exported: Any,
-    submodule: str,
-    tokens: int | None,
+    submodules: list[str],
+    lengths: tuple[int, ...] | None,
     heads: list[int] | None,
     samples: list[Tensor] | None,
     options: Any,
@@ -276,22 +299,22 @@ def _exported_region(
     from fhe_fx.ir import dialect as d
 
     whole = open_exported(exported)
-    path = _one(exported_targets(whole, submodule), submodule)
+    path = _one([path for s in submodules for path in exported_targets(whole, s)])
     shape = d.shape_of(whole.placeholders[0])
-    if tokens is not None and (len(shape) < 2 or shape[1] != tokens):
+    if lengths is not None and (len(shape) < 2 or lengths != (shape[1],)):
+        asked = ",".join(map(str, lengths))
         raise OptionsError(
-            f"--tokens {tokens}: the exported program takes an input of shape {list(shape)}, and "
-            f"shapes are fixed in a .pt2. Leave --tokens out, or export with {tokens} tokens."
+            f"--tokens {asked}: the exported program takes an input of shape {list(shape)}, and "
+            f"shapes are fixed in a .pt2. Leave --tokens out, or export with {asked} tokens."
         )
     region = exported_region(whole, path, heads, samples, pipeline, options)
     return whole, region
 
 
-def _one(paths: list[str], submodule: str) -> str:
+def _one(paths: list[str]) -> str:
     if len(paths) > 1:
         raise TargetError(
-            f"--submodule {submodule!r} names {len(paths)} parts: {', '.join(paths[:8])}. "
-            f"Give one; each is an artefact of its own."
+            f"--submodule names {len(paths)} parts: {', '.join(paths[:8])}. Give one here."
         )
     return paths[0]
 
@@ -309,9 +332,9 @@ def export(
         Path | None,
         typer.Option(help="Directory of ONNX models to write: the float rest, and the integers."),
     ] = None,
-    submodule: Submodule = None,
+    submodule: Submodules = None,
     n_bits: NBits = 4,
-    tokens: Tokens = None,
+    tokens: Lengths = None,
     heads: Heads = None,
     calibration: Calibration = None,
     p_error: PError = None,
@@ -328,11 +351,13 @@ def export(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Encrypt a part of a model and write its client's and server's files, ONNX models, or both."""
+    """Encrypt parts of a model and write client's and server's files, ONNX models, or both.
+
+    Each part has a circuit for each length; they share keys where their parameters allow it.
+    """
     from fhe_fx.evaluate.results import card_figures
     from fhe_fx.export import FILES, check_destination, export_region, save
     from fhe_fx.ir.program import Program
-    from fhe_fx.report import report_on
 
     if out is None and onnx is None:
         raise OptionsError("Give where to write: --out DIR, --onnx DIR, or both.")
@@ -340,35 +365,54 @@ def export(
         check_destination(out, FILES)
     if onnx is not None:
         _check_onnx(onnx)
+    lengths = _lengths(tokens) if tokens else None
     accuracy = card_figures(evaluation, n_bits) if evaluation else None
     with _progress("loading and lowering the model") as show:
-        region, whole, named = _lowered(
-            model, submodule, n_bits, tokens, heads, calibration, p_error, seed, passes
-        )
-        _say(report_on([(region.program, None)]).regions[0].line())
-        onnx_manifest = _export_onnx(whole, region, onnx, model, show) if onnx else None
+        regions, whole, named = _lowered(
+            model, submodule, n_bits, lengths, heads, calibration, p_error, seed, passes,
+            is_one=circuit_only or onnx is not None,
+        )  # fmt: skip
+        for cost in _costs(regions, [None] * len(regions)):
+            _say(cost.line())
+        onnx_manifest = _export_onnx(whole, regions[0], onnx, model, show) if onnx else None
         if out is None:
             if as_json:
                 _print_json({"onnx": str(onnx), **(onnx_manifest or {})})
             return
         show("compiling")
-        region.circuit()
-        cost = report_on([(region.program, region.facts)]).regions[0]
-        _say(cost.line())
+        for cost in _costs(regions, [region.circuit().facts for region in regions]):
+            _say(cost.line())
         told: dict[str, Any] = {"validate": not no_validate, "origin": model, "on_stage": show}
         if isinstance(whole, Program) or circuit_only:
-            manifest = export_region(region, out, **told)
+            export_region(regions[0], out, **told)
         else:
             tokenizer = _tokenizer_if_any(named)
-            manifest = save(whole, out, tokenizer=tokenizer, accuracy=accuracy, **told)
+            save(whole, out, tokenizer=tokenizer, accuracy=accuracy, **told)
     if as_json:
-        summary = _export_summary(manifest, out, cost.estimated_seconds)
+        summary = _export_summary(out)
         _print_json(summary | ({"onnx": str(onnx)} if onnx else {}))
         return
     sizes = [f"{party} {_size(_bytes_of(out / party))}" for party in ("client", "server")]
     _print(f"{out}: {', '.join(sizes)}")
-    if manifest["validation"]:
-        _print(_validation_line(manifest["validation"]))
+    artefacts = _artefacts(out)
+    for manifest in artefacts:
+        if manifest["validation"]:
+            name = f"{manifest['name']}: " if len(artefacts) > 1 else ""
+            _print(name + _validation_line(manifest["validation"]))
+
+
+def _costs(regions: list[Region], facts: Sequence[CircuitFacts | None]) -> tuple[RegionCost, ...]:
+    """Return what circuits cost; the length of each where a part has several."""
+    from fhe_fx.report import report_on
+
+    lengths = [r.tokens if _has_others(r, regions) else None for r in regions]
+    programs = [region.program for region in regions]
+    return report_on(list(zip(programs, facts, strict=True)), lengths).regions
+
+
+def _has_others(region: Region, regions: list[Region]) -> bool:
+    """Say whether a part has circuits of several lengths."""
+    return sum(r.circuit_name == region.circuit_name for r in regions) > 1
 
 
 def _tokenizer_if_any(named: NamedModel) -> Any:
@@ -412,14 +456,30 @@ def _export_onnx(
     return manifest
 
 
-def _export_summary(
-    manifest: dict[str, Any], out: Path, estimated_seconds: float | None
-) -> dict[str, Any]:
-    kept = ("module_path", "heads", "inputs", "results", "validation", "files", "versions")
+def _artefacts(out: Path) -> list[dict[str, Any]]:
+    """Read the manifests of the circuits in a directory that an export wrote, of one or several."""
+    from fhe_fx.export import read_artefacts
+
+    return read_artefacts(out, check_versions=False)
+
+
+def _export_summary(out: Path) -> dict[str, Any]:
+    """Describe an export of one circuit; or of several, under `circuits`."""
+    from fhe_fx.export import read_stated
+
+    summaries = [_circuit_summary(manifest) for manifest in _artefacts(out)]
+    told = summaries[0] if len(summaries) == 1 else {"circuits": summaries}
+    return {"out": str(out), **told, "files": read_stated(out)["files"]}
+
+
+def _circuit_summary(manifest: dict[str, Any]) -> dict[str, Any]:
+    from fhe_fx.report import Report
+
+    kept = ("module_path", "heads", "inputs", "results", "validation", "versions")
+    cost = Report.from_costs([manifest["cost"]]).regions[0]
     return {
-        "out": str(out),
         **{k: v for k, v in manifest["cost"].items() if k != "nodes"},
-        "estimated_seconds": estimated_seconds,
+        "estimated_seconds": cost.estimated_seconds,
         **{k: manifest[k] for k in kept},
         "nodes": manifest["cost"]["nodes"],
     }
@@ -440,9 +500,9 @@ def _size(n_bytes: int) -> str:
 @app.command()
 def report(
     model: Annotated[str, typer.Argument(help="A directory that export wrote, or a MODEL.")],
-    submodule: Submodule = None,
+    submodule: Submodules = None,
     n_bits: NBits = 4,
-    tokens: Tokens = None,
+    tokens: Lengths = None,
     heads: Heads = None,
     calibration: Calibration = None,
     p_error: PError = None,
@@ -453,25 +513,26 @@ def report(
     ] = "concrete",
     as_json: AsJson = False,
 ) -> None:
-    """Say what a region costs, look-up by look-up."""
-    from fhe_fx.export import MANIFEST, read_manifest
-    from fhe_fx.report import Report, report_on
+    """Say what each circuit costs, look-up by look-up."""
+    from fhe_fx.export import MANIFEST
+    from fhe_fx.report import Report
 
     if (Path(model) / MANIFEST).is_file():
-        found = Report.from_costs([read_manifest(Path(model), check_versions=False)["cost"]])
-    elif submodule is None:
+        found = Report.from_costs([manifest["cost"] for manifest in _artefacts(Path(model))])
+    elif not submodule:
         raise OptionsError(
             f"{model} holds no {MANIFEST}, so it is read as a MODEL; then give --submodule too."
         )
     else:
         with _progress("loading and lowering the model") as show:
-            region, *_ = _lowered(
-                model, submodule, n_bits, tokens, heads, calibration, p_error, seed, passes
+            lengths = _lengths(tokens) if tokens else None
+            regions, *_ = _lowered(
+                model, submodule, n_bits, lengths, heads, calibration, p_error, seed, passes
             )
-            _say(report_on([(region.program, None)]).regions[0].line())
+            for cost in _costs(regions, [None] * len(regions)):
+                _say(cost.line())
             show("compiling")
-            region_facts = _facts(region, backend)
-        found = report_on([(region.program, region_facts)])
+            found = Report(_costs(regions, [_facts(region, backend) for region in regions]))
     if as_json:
         _print_json(found.as_dict())
     else:
@@ -1083,7 +1144,11 @@ def graph(
         snapshots = read_snapshots(Path(source))
     else:
         with _progress("loading and lowering the model"), _dumping() as dump:
-            _lowered(source, submodule, n_bits, tokens, heads, calibration, p_error, seed, passes)
+            lengths = (tokens,) if tokens else None
+            _lowered(
+                source, [submodule], n_bits, lengths, heads, calibration, p_error, seed, passes,
+                is_one=True,
+            )  # fmt: skip
             snapshots = read_snapshots(dump)
     if html is not None:
         html.write_text(to_page(snapshots), encoding="utf-8")

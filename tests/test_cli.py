@@ -152,6 +152,33 @@ def test_export_of_the_circuit_alone_and_figures_for_the_card(tmp_path: Path) ->
     assert "cannot be read as an evaluation (KeyError: 'settings')" in refused(*given)
 
 
+def test_several_parts_and_lengths_are_one_export_with_one_set_of_keys(tmp_path: Path) -> None:
+    model = "random:gpt2,n_layer=2,n_embd=4,n_head=1,n_inner=4,vocab_size=50"
+    parts = ["--submodule", "h.0.mlp", "--submodule", "h.1.mlp", "--tokens", "2,3", "--n-bits", "2"]
+    out = tmp_path / "out"
+    result = invoke("export", model, *parts, "--out", out, "--no-validate", "--json")
+    assert result.exit_code == 0, result.stderr
+    circuits = json.loads(result.stdout)["circuits"]
+    names = [f"transformer.h.{layer}.mlp" for layer in (0, 1)]
+    assert [(c["name"], c["tokens"]) for c in circuits] == [(n, k) for n in names for k in (2, 3)]
+    assert sorted(c["has_own_keys"] for c in circuits) == [False, False, False, True]
+    assert len({c["key_bytes"] for c in circuits}) == 1
+    assert "transformer.h.1.mlp at 3 tokens: look-ups" in result.stderr
+    made = invoke("keygen", out / "client")
+    assert made.exit_code == 0, made.stderr
+    assert len(list((tmp_path / "out" / "client.keys").iterdir())) == 1
+    report = invoke("report", out)
+    assert report.stdout.count("transformer.h.0.mlp at 2 tokens: look-ups") == 1
+    assert refused("export", model, *parts, "--onnx", tmp_path / "onnx") == (
+        "error: --submodule names 2 parts: transformer.h.0.mlp, transformer.h.1.mlp. Give one here."
+    )
+    again = [*parts[2:], "--circuit-only", "--out", tmp_path / "circuit"]
+    assert refused("export", model, *again) == "error: --tokens 2,3: give one length."
+    assert refused("report", model, "--submodule", "h.0.mlp", "--tokens", "4,x") == (
+        "error: --tokens '4,x' is not a list of lengths. Write 8, or 4,8,16."
+    )
+
+
 def test_run_refuses(exported: tuple[Path, dict[str, Any]], x: Path, tmp_path: Path) -> None:
     out = exported[0]
     assert refused("run", tmp_path / "none", "--input", x) == (
@@ -199,9 +226,9 @@ def test_bad_model_submodule_and_numbers(tmp_path: Path) -> None:
         "error: GPT2LMHeadModel has no submodule 'h.0.atn'. "
         "Did you mean 'h.0.attn' or 'h.1.attn' or '0.attn'?"
     )
-    assert refused("export", tiny, "--submodule", "h.*.attn", *out) == (
-        "error: --submodule 'h.*.attn' names 2 parts: transformer.h.0.attn, transformer.h.1.attn. "
-        "Give one; each is an artefact of its own."
+    assert refused("export", tiny, "--submodule", "h.*.attn", "--circuit-only", *out) == (
+        "error: --submodule names 2 parts: transformer.h.0.attn, transformer.h.1.attn. "
+        "Give one here."
     )
     assert "n_bits=40 is outside" in refused("export", tiny, *PART, "--n-bits", 40, *out)
     heads = ["--submodule", "h.0.attn", "--heads", "a"]

@@ -9,7 +9,7 @@ from fhe_fx.export.bundle import (
     load_server_bundle,
 )
 from fhe_fx.export.directory import check_destination
-from fhe_fx.export.manifest import MANIFEST, read_manifest
+from fhe_fx.export.manifest import MANIFEST, read_artefacts, read_manifest, read_stated
 from fhe_fx.export.model import save
 from fhe_fx.export.pretrained import load_client_model
 from fhe_fx.export.region import export_region
@@ -27,6 +27,8 @@ __all__ = [
     "load_client_bundles",
     "load_client_model",
     "load_server_bundle",
+    "read_artefacts",
     "read_manifest",
+    "read_stated",
     "save",
 ]

@@ -26,7 +26,9 @@ __all__ = [
     "file_entries",
     "file_entry",
     "machine",
+    "read_artefacts",
     "read_manifest",
+    "read_stated",
     "stated_format",
     "versions",
     "write_manifest",
@@ -118,6 +120,31 @@ def read_manifest(
             f"Export the region again."
         )
     return manifest
+
+
+def read_stated(directory: Path, *, check_versions: bool = True) -> dict[str, Any]:
+    """Read the manifest of an artefact, or of a model of which several parts were exported.
+
+    Raises:
+        ArtifactError: as `read_manifest`.
+    """
+    is_model = stated_format(directory) == MODEL_FORMAT
+    return read_manifest(
+        directory, check_versions=check_versions, format=MODEL_FORMAT if is_model else FORMAT
+    )
+
+
+def read_artefacts(directory: Path, *, check_versions: bool = True) -> list[dict[str, Any]]:
+    """Read the manifest of an artefact, or those of all circuits of a model.
+
+    Raises:
+        ArtifactError: as `read_manifest`.
+    """
+    stated = read_stated(directory, check_versions=check_versions)
+    if stated["format"] == FORMAT:
+        return [stated]
+    names = [str(circuit["directory"]) for circuit in stated["circuits"]]
+    return [read_manifest(directory / name, check_versions=check_versions) for name in names]
 
 
 def stated_format(directory: Path) -> str | None:

@@ -171,7 +171,8 @@ def _files(region: Region) -> dict[str, bytes]:
 
 def _manifest(region: Region, origin: str) -> dict[str, Any]:
     program, codec = region.program, Codec.of(region.program)
-    cost = dataclasses.asdict(report_on([(program, region.facts)]).regions[0])
+    lengths = [region.tokens if region.keyring is not None else None]
+    cost = dataclasses.asdict(report_on([(program, region.facts)], lengths).regions[0])
     del cost["estimated_seconds"]  # it holds for the machine that reads, not for this one
     return {
         "format": FORMAT,

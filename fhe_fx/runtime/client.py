@@ -35,8 +35,6 @@ class ClientRegion:
     """What was proved on the graph when it was written: see `Region.causal`."""
     tokens: int | None = None
     """As in `Region`."""
-    keys_from: Region | None = None
-    """Means nothing here: keys belong to parameters, and the same make the same directory."""
     remote: Remote | None = None
     """Who runs it."""
 

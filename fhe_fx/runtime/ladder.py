@@ -1,8 +1,7 @@
 """One submodule compiled for several lengths: each call takes the shortest circuit that it fits.
 
 A circuit has one length, and a shorter prompt is padded to it, at the price of the whole. A text
-that grows pays less on a ladder of lengths. The circuits share one set of keys: the shorter ones
-are compiled for the keys of the longest (`ConcreteBackend.compile`).
+that grows pays less on a ladder of lengths. The circuits share one set of keys (`Keyring`).
 """
 
 from __future__ import annotations
@@ -42,8 +41,6 @@ class Ladder(StandIn):
                     f"were asked for, so its first axis is not the batch, and no call says which "
                     f"length it has. Give one max_tokens."
                 )
-        for rung in rungs[:-1]:
-            rung.region.keys_from = rungs[-1].region
 
     @property
     def parts(self) -> tuple[EncryptedModule, ...]:

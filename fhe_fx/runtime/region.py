@@ -23,6 +23,7 @@ from fhe_fx.runtime.ranges import RangeWatch
 
 if TYPE_CHECKING:
     from fhe_fx.backends.concrete import ConcreteCircuit
+    from fhe_fx.runtime.keyring import Keyring
 
 __all__ = ["MODES", "Region", "Remote", "run_composed"]
 
@@ -57,8 +58,8 @@ class Region:
     """Shape of each encrypted input of the submodule, for one sample."""
     tokens: int | None = None
     """Tokens of the model inputs that it was captured with; None if those are no tokens."""
-    keys_from: Region | None = None
-    """The region whose keys its circuit uses too, where their parameters allow it."""
+    keyring: Keyring | None = None
+    """With which others it shares keys, where their parameters allow it."""
     call: Call | None = None
     """The call of the model with which it was captured, where there is a model."""
     remote: Remote | None = None
@@ -105,20 +106,35 @@ class Region:
         return self._circuit.facts if self._circuit is not None else None
 
     def circuit(self) -> ConcreteCircuit:
-        """Return the Concrete circuit, compiling it at the first call.
+        """Return the Concrete circuit, compiling it, and those of its keyring, at the first call.
 
         Raises:
             BitWidthError: if no parameters exist; names the widest look-up and what would compile.
         """
         if self._circuit is None:
-            from fhe_fx.backends.concrete import ConcreteBackend
-
-            keys_from = None if self.keys_from is None else self.keys_from.circuit()
-            try:
-                self._circuit = ConcreteBackend().compile(self.program, keys_from)
-            except BitWidthError as error:
-                raise BitWidthError(f"{error}\n{self._advice()}") from error
+            if self.keyring is None:
+                self.use(self.compiled())
+            else:
+                self.keyring.compile()
+        assert self._circuit is not None
         return self._circuit
+
+    def compiled(self) -> ConcreteCircuit:
+        """Compile a circuit for itself, with keys of its own; `circuit` is what to run.
+
+        Raises:
+            BitWidthError: as `circuit`.
+        """
+        from fhe_fx.backends.concrete import ConcreteBackend
+
+        try:
+            return ConcreteBackend().compile(self.program)
+        except BitWidthError as error:
+            raise BitWidthError(f"{error}\n{self._advice()}") from error
+
+    def use(self, circuit: ConcreteCircuit) -> None:
+        """Run this circuit from now on."""
+        self._circuit = circuit
 
     def _advice(self) -> str:
         """Find the smallest change of n_bits with which the region compiles."""

@@ -130,7 +130,7 @@ def test_encryption_agrees_with_the_clear_run(name: str) -> None:
 @pytest.mark.fhe
 def test_a_circuit_runs_with_the_keys_of_another() -> None:
     case, other = _compiled("product"), _compiled("softmax").circuit
-    shared = ConcreteBackend().compile(case.program, other)
+    shared = ConcreteBackend().rekeyed(case.circuit, other)
     assert shared.keyset == other.keyset
     assert other.facts.has_own_keys
     assert not shared.facts.has_own_keys
@@ -143,7 +143,9 @@ def test_a_circuit_runs_with_the_keys_of_another() -> None:
 def test_keys_that_do_not_fit_are_not_shared() -> None:
     wide = program_from(_gelu, _samples("gelu"), n_bits=7)
     lower(wide)
-    circuit = ConcreteBackend().compile(wide, _compiled("gelu").circuit)
+    own = ConcreteBackend().compile(wide)
+    circuit = ConcreteBackend().rekeyed(own, _compiled("gelu").circuit)
+    assert circuit is own
     assert circuit.keyset != _compiled("gelu").circuit.keyset
     assert circuit.facts.has_own_keys
 

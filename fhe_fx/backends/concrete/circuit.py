@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,27 +29,33 @@ class ConcreteBackend:
 
     name = "concrete"
 
-    def compile(
-        self, program: Program, keys_from: ConcreteCircuit | None = None
-    ) -> ConcreteCircuit:
+    def compile(self, program: Program) -> ConcreteCircuit:
         """Compile.
-
-        Args:
-            program: what to compile.
-            keys_from: a circuit whose keys the new one is to use. The optimizer then takes that
-                circuit's parameters. Where they do not fit the program, it gets keys of its own.
 
         Raises:
             BitWidthError: if no parameters exist for the widths; names the widest look-up.
             BackendError: if Concrete refuses the program for another reason.
         """
-        if keys_from is not None:
-            with contextlib.suppress(BitWidthError, BackendError):
-                circuit = _compile(program, keys_from.keyset.get_restriction())
-                if circuit.keyset == keys_from.keyset:
-                    circuit.share_keys(keys_from)
-                    return circuit
         return _compile(program)
+
+    def rekeyed(self, circuit: ConcreteCircuit, keys_from: ConcreteCircuit) -> ConcreteCircuit:
+        """Return a circuit that does the same with the keys of another.
+
+        The optimizer then takes the other's parameters. Where they do not fit, the circuit itself
+        is returned, with keys of its own.
+        """
+        if circuit is keys_from:
+            return circuit
+        if circuit.keyset != keys_from.keyset:
+            try:
+                again = _compile(circuit.program, keys_from.keyset.get_restriction())
+            except (BitWidthError, BackendError):
+                return circuit
+            if again.keyset != keys_from.keyset:
+                return circuit
+            circuit = again
+        circuit.share_keys(keys_from)
+        return circuit
 
 
 def _compile(program: Program, restriction: Any = None) -> ConcreteCircuit:
@@ -110,7 +115,7 @@ class ConcreteCircuit:
     """A compiled circuit, with the keys of this process once something is executed."""
 
     def __init__(self, program: Program, circuit: Any, compile_seconds: float) -> None:
-        self._program, self._circuit = program, circuit
+        self.program, self._circuit = program, circuit
         self._has_keys = False
         self._keys_from: ConcreteCircuit | None = None
         self._facts = _facts(program, circuit, compile_seconds)
@@ -131,20 +136,20 @@ class ConcreteCircuit:
 
     def share_keys(self, other: ConcreteCircuit) -> None:
         """Use the keys of a circuit of equal keyset."""
-        self._keys_from = other
+        self._keys_from, self._has_keys = other, False
         self._facts = replace(self._facts, has_own_keys=False)
 
     def _check(self, inputs: Sequence[Integers]) -> None:
-        for node, x in zip(self._program.placeholders, inputs, strict=True):
+        for node, x in zip(self.program.placeholders, inputs, strict=True):
             value_type: ValueType = node.meta["type"]
             if x.shape != d.shape_of(node):
                 raise InputError(
-                    f"{self._program.name}: input {node.name} has shape {x.shape}; the circuit "
+                    f"{self.program.name}: input {node.name} has shape {x.shape}; the circuit "
                     f"takes {d.shape_of(node)}."
                 )
             if x.size and (x.min() < value_type.low or x.max() > value_type.high):
                 raise InputError(
-                    f"{self._program.name}: input {node.name} holds {x.min()} to {x.max()}; the "
+                    f"{self.program.name}: input {node.name} holds {x.min()} to {x.max()}; the "
                     f"circuit takes {value_type.low} to {value_type.high}."
                 )
 
