@@ -975,6 +975,9 @@ def inspect(
         Path | None, typer.Option(help="Sentences, one a line; else the model writes its own.")
     ] = None,
     sentences: Annotated[int, typer.Option(min=1, help="How many the model writes.")] = 40,
+    mode: Annotated[
+        str, typer.Option(help="clear, or simulate: with the noise of encryption.")
+    ] = "clear",
     threshold: Annotated[
         float, typer.Option(help="Relative error from which a node is pointed out.")
     ] = 0.1,
@@ -986,8 +989,13 @@ def inspect(
 ) -> None:
     """Show float beside integer at every node: where the error comes from, and the cost."""
     import fhe_fx
+    from fhe_fx.errors import did_you_mean
     from fhe_fx.evaluate.texts import read_texts, sample_texts
 
+    if mode not in (modes := ["clear", "simulate"]):
+        raise OptionsError(
+            f"--mode {mode!r} is not one of {', '.join(modes)}.{did_you_mean(mode, modes)}"
+        )
     if html is not None and not html.parent.is_dir():
         raise OptionsError(f"--html {html}: there is no directory {html.parent}.")
     with _progress("loading the model") as show:
@@ -1003,7 +1011,7 @@ def inspect(
             named, submodule, n_bits, (tokens,), heads, calibration, p_error, seed
         )
         inputs = [{"input_ids": row[None]} for row in rows]
-        found = fhe_fx.inspect(encrypted, inputs, threshold=threshold, on_progress=show)
+        found = fhe_fx.inspect(encrypted, inputs, mode=mode, threshold=threshold, on_progress=show)
     for warning in found.warnings:
         _say(f"warning: {warning}")
     if as_json:

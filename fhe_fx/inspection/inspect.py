@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fhe_fx.errors import InputError, OptionsError, TargetError
+from fhe_fx.backends.reference.batch import run_batch
+from fhe_fx.backends.reference.noise import LookupNoise
+from fhe_fx.errors import InputError, OptionsError, TargetError, did_you_mean
 from fhe_fx.inspection.results import Inspection, NodeErrors, RegionErrors
 from fhe_fx.inspection.twin import Twins, twins_of
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import LOOKUP, SHIFT
 from fhe_fx.ir.printer import operator_name
+from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.ir.views import Lookup
 from fhe_fx.quant.calibration import as_call
@@ -28,6 +31,7 @@ __all__ = ["THRESHOLD", "inspect"]
 
 THRESHOLD = 0.1
 """Relative error from which a node is pointed out, unless another is given."""
+MODES = ["clear", "simulate"]
 MAX_SAMPLES = 64
 """Inputs that are compared; more are thinned out evenly."""
 
@@ -36,28 +40,35 @@ def inspect(
     model: nn.Module,
     inputs: Any,
     *,
+    mode: str = "clear",
     threshold: float = THRESHOLD,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Inspection:
     """Show float beside integer at every node of the encrypted parts of a model.
 
     The model runs in float on the inputs. What then enters each part is run through its integers,
-    in the clear, and through its float program as the passes left it: so every node has a float
-    value to be compared with.
+    in the clear or with the noise of encryption, and through its float program as the passes left
+    it: so every node has a float value to be compared with.
 
     Args:
         model: returned by `encrypt_submodule`; its modes are left as they are.
         inputs: one model input, or an iterable of them: a tensor, a tuple of tensors or a mapping.
             Other ones than calibration saw, or the figures flatter. Best as long as the circuit:
             the rows with which a shorter one is padded are compared, too.
+        mode: "clear"; or "simulate", in which what each look-up reads is disturbed as encryption
+            would. Values are counted as outside before that, so the counts are of what sums carry.
         threshold: relative error from which a node is pointed out.
         on_progress: is told what is being done.
 
     Raises:
         TargetError: if the model has no encrypted part.
         InputError: if there is no input, or none reaches an encrypted part.
-        OptionsError: if the threshold is not positive.
+        OptionsError: if the threshold is not positive, or there is no such mode.
     """
+    if mode not in MODES:
+        raise OptionsError(
+            f"mode={mode!r} is not one of {', '.join(MODES)}.{did_you_mean(str(mode), MODES)}"
+        )
     if not isinstance(threshold, (int, float)) or not threshold > 0:
         raise OptionsError(f"threshold={threshold!r} is not a positive number. Try 0.1.")
     if not stand_ins(model):
@@ -72,7 +83,8 @@ def inspect(
         on_progress(f"lowering {region.name} again, to have its float program")
         twins = twins_of(region)
         on_progress(f"comparing {region.name}")
-        regions.append(_compare(region, twins, [samples[i] for i in kept.tolist()], threshold))
+        chosen = [samples[i] for i in kept.tolist()]
+        regions.append(_compare(region, twins, chosen, mode, threshold))
     return Inspection(tuple(regions))
 
 
@@ -120,7 +132,11 @@ def _recorded(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Region, lis
 
 
 def _compare(
-    region: Region, twins: Twins, samples: Sequence[Sequence[Tensor]], threshold: float
+    region: Region,
+    twins: Twins,
+    samples: Sequence[Sequence[Tensor]],
+    mode: str,
+    threshold: float,
 ) -> RegionErrors:
     given = inputs_of_region(region.composed, samples)
     exact = twins.exact.values(given)
@@ -128,7 +144,7 @@ def _compare(
     encoded = [[torch.from_numpy(q) for q in codec.encode(inputs)] for inputs in given]
     # Each placeholder has an encoding of its own from here on.
     twins.integers.sources = {n.name: k for k, n in enumerate(twins.integers.placeholders)}
-    values = twins.integers.values(encoded)
+    values = _integer_values(twins.integers, encoded, mode)
     costs = {n.node: n for n in report_on([(twins.integers, None)]).regions[0].nodes}
     rows = []
     for node in twins.integers.encrypted():
@@ -162,8 +178,25 @@ def _compare(
         nodes=tuple(rows),
         result_errors=_result_errors(region, twins, given, values, codec),
         threshold=threshold,
+        mode=mode,
         warnings=(*_range_warnings(region, given), *_overlap_warnings(region, given)),
     )
+
+
+def _integer_values(
+    program: Program, encoded: Sequence[Sequence[Tensor]], mode: str
+) -> dict[str, Tensor]:
+    """Return the value of each encrypted node, `[n_samples, *shape]`."""
+    options = program.options
+    noise = LookupNoise.of(options.p_error, options.seed) if mode == "simulate" else None
+    found: dict[str, list[Tensor]] = {}
+    run_batch(
+        program,
+        program.stacked(encoded),
+        noise=noise,
+        record=lambda node, value: found.setdefault(node.name, []).append(value),
+    )
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _range_warnings(region: Region, given: Sequence[Sequence[Tensor]]) -> list[str]:

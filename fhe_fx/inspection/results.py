@@ -79,6 +79,8 @@ class RegionErrors:
     """Root mean square error of each result, relative to the part's own float result."""
     threshold: float
     """Relative error from which a node counts as wrong."""
+    mode: str = "clear"
+    """Or "simulate": with the noise of encryption in what each look-up reads."""
     warnings: tuple[str, ...] = ()
     """What speaks against trusting the figures."""
 
@@ -99,7 +101,8 @@ class RegionErrors:
         """Return the region's figures, a sentence a line."""
         at = "" if self.tokens is None else f" at {self.tokens} tokens"
         errors = ", ".join(f"{e:.3f}" for e in self.result_errors)
-        lines = [f"{self.name}{at}: relative error {errors}, {self.n_samples} inputs"]
+        noisy = ", with noise" if self.mode == "simulate" else ""
+        lines = [f"{self.name}{at}: relative error {errors}{noisy}, {self.n_samples} inputs"]
         if (first := self.first) is not None:
             where = f"{first.module_path} {first.source}".strip()
             lines.append(

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import fhe_fx
+from fhe_fx.api import encrypted_modules
 from fhe_fx.errors import CalibrationError, OptionsError
 from fhe_fx.export.models import ModelError, NamedModel, load_calibration, load_model
 
@@ -41,6 +43,35 @@ def test_shipped_model_is_loaded_with_its_head() -> None:
     named = load_model(str(SHIPPED))
     assert type(named.module).__name__ == "GPT2LMHeadModel"
     assert named.tokenizer_from == str(SHIPPED)
+
+
+def test_a_gpt2_of_real_size_is_loaded_from_its_directory(tmp_path: Path) -> None:
+    """As the hub hands it out: 124 million parameters in safetensors, and a tokenizer beside."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    saved = GPT2LMHeadModel(GPT2Config()).eval()
+    saved.save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(tmp_path / "gpt2")
+    named = load_model(str(tmp_path / "gpt2"))
+    model: Any = named.module
+    assert type(model) is GPT2LMHeadModel
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    ids = named.tokenizer()("He had never seen", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, saved(ids).logits)
+    # Its first attention's first head, lowered: 768 channels in, 64 out.
+    calibration = [torch.randint(50257, (1, 3)) for _ in range(8)]
+    encrypted = fhe_fx.encrypt_submodule(
+        model, "h.0.attn", heads=[0], max_tokens=3, calibration=calibration
+    )
+    region = encrypted_modules(encrypted)[0].region
+    assert region.input_shapes == ((1, 3, 768),)
+    fhe_fx.set_mode(encrypted, "clear")
+    (prompt,) = [torch.randint(50257, (1, 3))]
+    with torch.no_grad():
+        found, exact = encrypted(prompt).logits, model(prompt).logits
+    assert 0 < (found - exact).norm() < 0.2 * exact.norm()
 
 
 def test_names_that_mean_nothing(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def run_batch(
     *,
     noise: LookupNoise | None = None,
     observe: Observer | None = None,
+    record: Observer | None = None,
 ) -> list[Tensor]:
     """Run a program of either stage on a batch.
 
@@ -38,13 +39,14 @@ def run_batch(
         inputs: one tensor for each placeholder, `[n_samples, *shape]`.
         noise: added to what each look-up reads.
         observe: called for each look-up.
+        record: called for each encrypted node, with its value; for each part of a large batch.
 
     Returns:
         One tensor for each result, `[n_samples, *shape]`.
     """
     with torch.no_grad():
         parts = [
-            _Noisy(program.module, noise, observe).run(*part)
+            _Noisy(program.module, noise, observe, record).run(*part)
             for part in _parts(program, list(inputs))
         ]
     return [torch.cat(results) for results in zip(*parts, strict=True)]
@@ -61,12 +63,22 @@ class _Noisy(BatchInterpreter):
     """Tells the observer of each look-up, and disturbs what it reads."""
 
     def __init__(
-        self, module: fx.GraphModule, noise: LookupNoise | None, observe: Observer | None
+        self,
+        module: fx.GraphModule,
+        noise: LookupNoise | None,
+        observe: Observer | None,
+        record: Observer | None,
     ) -> None:
         super().__init__(module)
-        self._noise, self._observe = noise, observe
+        self._noise, self._observe, self._record = noise, observe, record
 
     def run_node(self, n: fx.Node) -> Any:
+        value = self._computed(n)
+        if self._record is not None and d.is_encrypted(n):
+            self._record(n, value)
+        return value
+
+    def _computed(self, n: fx.Node) -> Any:
         if not d.is_call(n, LOOKUP):
             return super().run_node(n)
         view = Lookup.of(n)
