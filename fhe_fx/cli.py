@@ -397,8 +397,13 @@ def export(
     artefacts = _artefacts(out)
     for manifest in artefacts:
         if manifest["validation"]:
-            name = f"{manifest['name']}: " if len(artefacts) > 1 else ""
+            name = _of_several(manifest) if len(artefacts) > 1 else ""
             _print(name + _validation_line(manifest["validation"]))
+
+
+def _of_several(manifest: dict[str, Any]) -> str:
+    tokens = manifest["cost"]["tokens"]
+    return f"{manifest['name']}{'' if tokens is None else f' at {tokens} tokens'}: "
 
 
 def _costs(regions: list[Region], facts: Sequence[CircuitFacts | None]) -> tuple[RegionCost, ...]:

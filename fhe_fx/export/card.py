@@ -100,7 +100,7 @@ def _row(manifest: Mapping[str, Any]) -> str:
         cost["max_lookup_bits"],
         f"{cost['p_error']:.3g}",
         f"{cost['complexity']:.2e}",
-        f"{cost['key_bytes'] / 1e6:.0f} MB",
+        f"{cost['key_bytes'] / 1e6:.0f} MB{'' if cost['has_own_keys'] else ', shared'}",
         _error(checked.get("clear_error_to_float")),
         _error(checked.get("simulated_error_to_clear")),
     ]

@@ -53,11 +53,11 @@ class _Part:
     paths: tuple[str, ...]
 
     def directories(self) -> dict[str, EncryptedModule]:
-        """Return a name of its own for the directory of each circuit."""
+        """Return a name of its own for the directory of each circuit, by length if it has many."""
         name = re.sub(r"[^A-Za-z0-9_.]+", "-", self.circuits[0].region.circuit_name)
         if len(self.circuits) == 1:
             return {name: self.circuits[0]}
-        return {f"{name}-{k}": circuit for k, circuit in enumerate(self.circuits)}
+        return {f"{name}-{circuit.region.tokens}": circuit for circuit in self.circuits}
 
 
 def save(

@@ -61,7 +61,8 @@ class RegionCost:
 
     def line(self) -> str:
         """Return the one line that is said when a circuit has been compiled."""
-        length = "" if self.tokens is None else f" at {self.tokens} tokens"
+        many = "" if self.tokens == 1 else "s"
+        length = "" if self.tokens is None else f" at {self.tokens} token{many}"
         text = (
             f"{self.name}{length}: look-ups of at most {self.max_lookup_bits} bits, "
             f"{self.look_ups:,} bootstraps"

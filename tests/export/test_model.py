@@ -337,6 +337,9 @@ def test_several_lengths_of_one_part(tmp_path: Path) -> None:
     save(model, tmp_path / "out", validate=False)
     keysets = {b.manifest["keyset"] for b in load_client_bundles(tmp_path / "out/client").values()}
     assert len(keysets) == 1
+    names = {p.name for p in (tmp_path / "out/server").iterdir()}
+    assert names == {"transformer.h.0.mlp-2", "transformer.h.0.mlp-3"}
+    assert (tmp_path / "out/client/README.md").read_text().count(" MB, shared |") == 1
     saved = Saved(model, tmp_path / "out", None)
     loaded = saved.load()
     fhe_fx.set_mode(model, "clear")
