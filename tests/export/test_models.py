@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,21 +47,40 @@ def test_shipped_model_is_loaded_with_its_head() -> None:
     assert named.tokenizer_from == str(SHIPPED)
 
 
+REVISION = "0" * 40
+
+
+def _loaded_by_name(name: str, home: Path) -> float:
+    """Load a model by its hub name out of a cache of the hub, and return the sum of its head."""
+    (home / "hub/models--us--gpt2/refs").mkdir()
+    (home / "hub/models--us--gpt2/refs/main").write_text(REVISION)
+    code = "from fhe_fx.export.models import load_model; "
+    code += f"print(float(load_model({name!r}).module.lm_head.weight.detach().sum()))"
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return float(found.stdout)
+
+
 def test_a_gpt2_of_real_size_is_loaded_from_its_directory(tmp_path: Path) -> None:
     """As the hub hands it out: 124 million parameters in safetensors, and a tokenizer beside."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     saved = GPT2LMHeadModel(GPT2Config()).eval()
-    saved.save_pretrained(tmp_path / "gpt2")
-    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(tmp_path / "gpt2")
-    named = load_model(str(tmp_path / "gpt2"))
+    directory = tmp_path / "hub" / "models--us--gpt2" / "snapshots" / REVISION
+    saved.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(directory)
+    named = load_model(str(directory))
     model: Any = named.module
     assert type(model) is GPT2LMHeadModel
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
     ids = named.tokenizer()("He had never seen", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, saved(ids).logits)
+    assert _loaded_by_name("us/gpt2", tmp_path) == float(saved.lm_head.weight.detach().sum())
     # Its first attention's first head, lowered: 768 channels in, 64 out.
     calibration = [torch.randint(50257, (1, 3)) for _ in range(8)]
     encrypted = fhe_fx.encrypt_submodule(
