@@ -33,6 +33,7 @@ __all__ = [
     "kept_bits",
     "pack_inputs",
     "pack_results",
+    "planes",
     "unpack_inputs",
     "unpack_results",
 ]
@@ -152,11 +153,9 @@ def pack_results(values: Sequence[bytes], encodings: Sequence[ResultEncoding]) -
     for value, encoding in zip(values, encodings, strict=True):
         at, bits = _words_at(value, encoding.words), kept_bits(encoding)
         end = at + 8 * encoding.words
-        planes = _planes(np.frombuffer(value, "<u8", encoding.words, at), bits)
-        packed += [value[:at], value[end:], *planes]
-        headers.append(
-            {"before": at, "after": len(value) - end, "planes": [len(p) for p in planes]}
-        )
+        parts = planes(np.frombuffer(value, "<u8", encoding.words, at), bits)
+        packed += [value[:at], value[end:], *parts]
+        headers.append({"before": at, "after": len(value) - end, "planes": [len(p) for p in parts]})
     line = json.dumps(headers).encode()
     return b"".join((_RESULTS, struct.pack("<I", len(line)), line, *packed))
 
@@ -175,9 +174,9 @@ def unpack_results(body: bytes, encodings: Sequence[ResultEncoding]) -> list[byt
             raise WireError(f"{len(headers)} results came; the circuit has {len(encodings)}.")
         values = []
         for header, encoding in zip(headers, encodings, strict=True):
-            before, after, *planes = _parts(body, at, header)
-            values.append(check_message(before + _words(planes, encoding) + after))
-            at += sum(len(part) for part in (before, after, *planes))
+            before, after, *octets = _parts(body, at, header)
+            values.append(check_message(before + _words(octets, encoding) + after))
+            at += sum(len(part) for part in (before, after, *octets))
     except (KeyError, TypeError, ValueError, RecursionError, zstandard.ZstdError) as error:
         raise WireError(f"The results cannot be read: {error}.") from error
     if at != len(body):
@@ -234,19 +233,24 @@ def _parts(body: bytes, at: int, header: Mapping[str, Any]) -> list[bytes]:
     return parts
 
 
-def _planes(words: Words, bits: int) -> list[bytes]:
-    """Round words, and compress their bytes by significance, the highest first, zeros left out."""
+def planes(words: Words, bits: int) -> list[bytes]:
+    """Round words, and compress their bytes by significance, the highest first, zeros left out.
+
+    Args:
+        words: of a ciphertext, `[count]`.
+        bits: top bits of each that are kept.
+    """
     octets = _rounded(words, bits).astype(">u8").view(np.uint8).reshape(-1, 8)
     compress = zstandard.ZstdCompressor(level=LEVEL).compress
     return [compress(octets[:, k].tobytes()) for k in range(_n_planes(bits))]
 
 
-def _words(planes: Sequence[bytes], encoding: ResultEncoding) -> bytes:
+def _words(parts: Sequence[bytes], encoding: ResultEncoding) -> bytes:
     count, expected = encoding.words, _n_planes(kept_bits(encoding))
-    if len(planes) != expected:
-        raise WireError(f"A result has {len(planes)} planes of bytes; {expected} are expected.")
+    if len(parts) != expected:
+        raise WireError(f"A result has {len(parts)} planes of bytes; {expected} are expected.")
     octets = np.zeros((count, 8), np.uint8)
-    for k, plane in enumerate(planes):
+    for k, plane in enumerate(parts):
         if (stated := zstandard.frame_content_size(plane)) != count:
             raise WireError(f"A plane states {stated} bytes; {count} are expected.")
         octets[:, k] = np.frombuffer(zstandard.ZstdDecompressor().decompress(plane), np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,7 +34,7 @@ def _tiny(**changes: Any) -> Evaluation:
     given: dict[str, Any] = {
         "n_bits": 4, "tokens": 4, "sentences": 6, "stages": ["clear"], **changes
     }  # fmt: skip
-    return evaluate_submodule(tiny_gpt2(), "h.0.attn", **given)
+    return evaluate_submodule(tiny_gpt2(), "h.0.mlp", **given)
 
 
 def test_every_stage_is_measured(evaluation: Evaluation) -> None:
@@ -98,18 +99,20 @@ def test_the_model_is_left_as_it_was(cache: Path) -> None:
     model = tiny_gpt2()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.train()
-    evaluate_submodule(model, "h.0.attn", tokens=4, sentences=3, stages=["clear"])
+    evaluate_submodule(model, "h.0.mlp", tokens=4, sentences=3, stages=["clear"])
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert type(model.transformer.h[0].attn).__name__ == "GPT2Attention"
+    assert type(model.transformer.h[0].mlp).__name__ == "GPT2MLP"
 
 
 def test_several_submodules_at_once(cache: Path) -> None:
     found = evaluate_submodule(
-        tiny_gpt2(), "h.*.attn", n_bits=6, tokens=3, sentences=4, stages=["clear", "simulated"]
+        tiny_gpt2(), "h.*.mlp", n_bits=6, tokens=3, sentences=4, stages=["clear", "simulated"]
     )
-    assert found.targets == ("transformer.h.0.attn", "transformer.h.1.attn")
-    one = evaluate_submodule(tiny_gpt2(), "h.0.attn", n_bits=6, tokens=3, sentences=4)
+    assert found.targets == ("transformer.h.0.mlp", "transformer.h.1.mlp")
+    one = evaluate_submodule(
+        tiny_gpt2(), "h.0.mlp", n_bits=6, tokens=3, sentences=4, stages=["clear"]
+    )
     assert found.settings[0].look_ups > one.settings[0].look_ups
 
 
@@ -197,7 +200,7 @@ def test_noise_beyond_the_model_is_said(cache: Path, monkeypatch: pytest.MonkeyP
     (warning,) = (
         w for w in _tiny(stages=["simulated"]).settings[0].warnings if "noise explains" in w
     )
-    assert warning.startswith("transformer.h.0.attn: simulated results are 1.")
+    assert re.match(r"transformer\.h\.0\.mlp: simulated results are [01]\.\d times", warning)
 
 
 # Refusals -------------------------------------------------------------------------------------
