@@ -420,15 +420,25 @@ def _check_weights(model: nn.Module, paths: Sequence[str]) -> None:
 # Regions --------------------------------------------------------------------------------------
 
 
+class _EnoughError(Exception):
+    """All targets of a call were recorded; the rest of the model need not run."""
+
+
 def _record(
     model: nn.Module, paths: Sequence[str], calls: Sequence[Call]
 ) -> dict[str, list[tuple[dict[str, Any], Any]]]:
-    """Run the float model and keep every call of each target: its leaves and its output."""
+    """Run the float model and keep every call of each target: its leaves and its output.
+
+    The first call runs to its end; of the others only what comes before the targets is computed,
+    since each is called once (the pass annotate refuses others).
+    """
     found: dict[str, list[tuple[dict[str, Any], Any]]] = {path: [] for path in paths}
 
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             found[path].append((keyed_leaves(args, kwargs), output))
+            if min(map(len, found.values())) == max(map(len, found.values())) > 1:
+                raise _EnoughError
 
         return hook
 
@@ -438,7 +448,8 @@ def _record(
     try:
         with torch.no_grad():
             for call in calls:
-                model(*call.args, **call.kwargs)
+                with contextlib.suppress(_EnoughError):
+                    model(*call.args, **call.kwargs)
     except FheFxError:
         raise
     except Exception as error:
