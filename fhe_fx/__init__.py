@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from fhe_fx import passes
 from fhe_fx.api import compile, encrypt_submodule, generate, report, set_mode
 from fhe_fx.errors import FheFxError
-from fhe_fx.export import save
+from fhe_fx.export import Cache, save
 from fhe_fx.inspection import inspect
 from fhe_fx.options import Options
 from fhe_fx.passes import register_lowering
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cache",
     "FheFxError",
     "Options",
     "__version__",

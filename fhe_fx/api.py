@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fhe_fx.backends import get_backend
 from fhe_fx.capture import capture, resolve_targets
 from fhe_fx.errors import CalibrationError, CaptureError, FheFxError, TargetError
+from fhe_fx.export.cache import Cache
 from fhe_fx.export.model import save_for_two
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import ENTER, LEAVE
@@ -31,7 +32,7 @@ from fhe_fx.report import Report, report_on
 from fhe_fx.runtime.generate import generate
 from fhe_fx.runtime.keyring import Keyring
 from fhe_fx.runtime.ladder import Ladder
-from fhe_fx.runtime.lower import lower_region
+from fhe_fx.runtime.lower import Lowerer, lower_region, run_pipeline
 from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
 from fhe_fx.runtime.region import Region
 from fhe_fx.runtime.standin import StandIn, encrypted_modules, stand_ins
@@ -74,6 +75,7 @@ def encrypt_submodule(
     passes: Pipeline | None = None,
     options: Options | None = None,
     dump_dir: str | Path | None = None,
+    cache: Cache | None = None,
 ) -> M:
     """Return a copy of a model in which a submodule can run on encrypted data.
 
@@ -98,6 +100,7 @@ def encrypt_submodule(
         options: all other choices; the keywords above win over it.
         dump_dir: where a directory for each target is written with its print after every pass that
             changed it, for reading, `fhe-fx graph` and `fhe-fx diff`.
+        cache: where what was lowered is kept, and looked for; nothing is kept without one.
 
     Returns:
         A model of the same class. Each target is a module with `.mode`, at first "disable".
@@ -132,9 +135,11 @@ def encrypt_submodule(
     copied = copy.deepcopy(model).eval()
     _without_cache(copied)
     with _in_float(copied):
-        lengths = _calibration_calls(copied, calibration, example, max_tokens, options)
+        sample = sample_from_model if cache is None else cache.sampled
+        lengths = _calibration_calls(copied, calibration, example, max_tokens, options, sample)
+        lower = run_pipeline if cache is None else cache.lowered
         made = [
-            _lower(copied, paths, calls, first, heads, pipeline, options)
+            _lower(copied, paths, calls, first, heads, pipeline, options, lower)
             for calls, first in lengths
         ]
     regions = [region for targets in made for region, _ in targets]
@@ -158,11 +163,12 @@ def _lower(
     heads: Sequence[int] | None,
     pipeline: Pipeline,
     options: Options,
+    lower: Lowerer,
 ) -> list[tuple[Region, Signature]]:
     """Capture a model at the length of its example, and lower each target."""
     whole = capture(model, first.args, first.kwargs, paths)
     recorded = _record(model, paths, [first, *calls])
-    made = [build_region(whole, p, recorded[p], heads, pipeline, options) for p in paths]
+    made = [build_region(whole, p, recorded[p], heads, pipeline, options, lower) for p in paths]
     for region, _ in made:
         region.tokens, region.call = _length(first), first
     return made
@@ -234,6 +240,7 @@ def _calibration_calls(
     example: Any,
     max_tokens: int | Sequence[int] | None,
     options: Options,
+    sample: Callable[[nn.Module, int, Options], list[Call]],
 ) -> list[tuple[list[Call], Call]]:
     """Return calibration calls and an example for each length, from the shortest to the longest."""
     lengths = _lengths(max_tokens)
@@ -241,7 +248,7 @@ def _calibration_calls(
     usual = lengths[-1] if lengths else _length(shown) or 0
     if calibration is None:
         usual = usual or DEFAULT_TOKENS
-        calls = sample_from_model(model, usual, options)
+        calls = sample(model, usual, options)
     else:
         given = check_calibration(calibration)
         calls = [row for c in given for row in _split_batch(_plain(model, c))]
@@ -425,15 +432,25 @@ def _check_weights(model: nn.Module, paths: Sequence[str]) -> None:
 # Regions --------------------------------------------------------------------------------------
 
 
+class _EnoughError(Exception):
+    """All targets of a call were recorded; the rest of the model need not run."""
+
+
 def _record(
     model: nn.Module, paths: Sequence[str], calls: Sequence[Call]
 ) -> dict[str, list[tuple[dict[str, Any], Any]]]:
-    """Run the float model and keep every call of each target: its leaves and its output."""
+    """Run the float model and keep every call of each target: its leaves and its output.
+
+    The first call runs to its end; of the others only what comes before the targets is computed,
+    since each is called once (the pass annotate refuses others).
+    """
     found: dict[str, list[tuple[dict[str, Any], Any]]] = {path: [] for path in paths}
 
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             found[path].append((keyed_leaves(args, kwargs), output))
+            if min(map(len, found.values())) == max(map(len, found.values())) > 1:
+                raise _EnoughError
 
         return hook
 
@@ -443,7 +460,8 @@ def _record(
     try:
         with torch.no_grad():
             for call in calls:
-                model(*call.args, **call.kwargs)
+                with contextlib.suppress(_EnoughError):
+                    model(*call.args, **call.kwargs)
     except FheFxError:
         raise
     except Exception as error:
@@ -473,6 +491,7 @@ def build_region(
     heads: Sequence[int] | None,
     pipeline: Pipeline,
     options: Options,
+    lower: Lowerer = run_pipeline,
 ) -> tuple[Region, Signature]:
     """Cut a submodule out of a captured model and lower it to integers.
 
@@ -483,6 +502,7 @@ def build_region(
         heads: heads to encrypt, or None for all of it.
         pipeline: lowers the region.
         options: how.
+        lower: runs the pipeline, or knows what it makes.
     """
     target = Program(copy.deepcopy(whole.module), name=path, options=options)
     Pipeline((Annotate(path), Partition())).run(target)
@@ -500,7 +520,7 @@ def build_region(
         tuple(call[name].detach().float() for name in names) for call, _ in recorded[1:]
     ]
     Pipeline((Normalize(),)).run(target)
-    return lower_region(target, heads, pipeline), signature
+    return lower_region(target, heads, pipeline, lower), signature
 
 
 def _detached(value: Any) -> Any:

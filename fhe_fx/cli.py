@@ -15,6 +15,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fhe_fx.backends import CircuitFacts
+    from fhe_fx.export.cache import Cache
     from fhe_fx.export.models import NamedModel
     from fhe_fx.ir.program import Program
     from fhe_fx.passes import Pipeline
@@ -43,6 +46,8 @@ _EXTRAS = {"keygen": "client", "run": "client", "serve": "server"}
 """Commands that need more than the core."""
 _DUMP = "FHE_FX_DUMP"
 """Environment variable: a directory for the print and the data after each pass."""
+_CACHE, _CACHE_GB = "FHE_FX_CACHE", "FHE_FX_CACHE_GB"
+"""Environment variables: a directory for what was lowered, or `off`; its bound."""
 _ONNX = {"onnx", "onnxruntime", "onnxscript"}
 T = TypeVar("T")
 
@@ -230,6 +235,23 @@ def _pipeline(passes: str | None) -> Pipeline:
     return read.dumping(dump_dir)
 
 
+def _cache() -> Cache | None:
+    """Return where lowered programs are kept, or None if they are not."""
+    from fhe_fx.export.cache import MOST_BYTES, Cache, cache_directory
+
+    place = os.environ.get(_CACHE, "")
+    if place.lower() in {"off", "0", "none"}:
+        return None
+    text = os.environ.get(_CACHE_GB, "")
+    try:
+        most = int(float(text) * 1e9) if text else MOST_BYTES
+    except (ValueError, OverflowError):
+        most = -1
+    if most < 0:
+        raise OptionsError(f"{_CACHE_GB}={text!r} is not a size in GB. Try {_CACHE_GB}=1.")
+    return Cache(Path(place) if place else cache_directory(), most)
+
+
 def _lowered(
     model: str,
     submodules: list[str] | None,
@@ -260,7 +282,7 @@ def _lowered(
     samples = load_calibration(calibration, named) if calibration is not None else None
     if named.exported is not None:
         graph, region = _exported_region(
-            named.exported, submodules, lengths, chosen, samples, options, pipeline
+            named.exported, submodules, lengths, chosen, samples, options, pipeline, _cache()
         )
         return [region], graph, named
     import fhe_fx
@@ -282,6 +304,7 @@ def _lowered(
         calibration=samples,
         options=options,
         passes=pipeline,
+        cache=_cache(),
     )
     return [part.region for part in encrypted_modules(encrypted)], encrypted, named
 
@@ -294,9 +317,11 @@ def _exported_region(
     samples: list[Tensor] | None,
     options: Any,
     pipeline: Pipeline,
+    cache: Cache | None,
 ) -> tuple[Program, Region]:
     from fhe_fx.export.exported import exported_region, exported_targets, open_exported
     from fhe_fx.ir import dialect as d
+    from fhe_fx.runtime.lower import run_pipeline
 
     whole = open_exported(exported)
     path = _one([path for s in submodules for path in exported_targets(whole, s)])
@@ -307,7 +332,8 @@ def _exported_region(
             f"--tokens {asked}: the exported program takes an input of shape {list(shape)}, and "
             f"shapes are fixed in a .pt2. Leave --tokens out, or export with {asked} tokens."
         )
-    region = exported_region(whole, path, heads, samples, pipeline, options)
+    lower = run_pipeline if cache is None else cache.lowered
+    region = exported_region(whole, path, heads, samples, pipeline, options, lower)
     return whole, region
 
 
@@ -839,6 +865,7 @@ def _encrypted(
         heads=_head_numbers(heads),
         calibration=load_calibration(calibration, named) if calibration else None,
         options=_options(n_bits, seed, p_error),
+        cache=_cache(),
     )
 
 
@@ -1211,6 +1238,43 @@ def _plugins() -> list[str]:
     backend_names()
     working = [f"{p}: {p.name} of {p.group}" for p in plugins.loaded()]
     return working + [f"{f.plugin}: {f.plugin.name}, left out" for f in plugins.faults()]
+
+
+class _CacheAction(str, Enum):
+    show, path, clear = "show", "path", "clear"
+
+
+@app.command()
+def cache(
+    action: Annotated[_CacheAction, typer.Argument(help="What to do.")] = _CacheAction.show,
+    as_json: AsJson = False,
+) -> None:
+    """Show what lowering keeps on disk, print where, or remove it.
+
+    FHE_FX_CACHE names the directory, or says off; FHE_FX_CACHE_GB bounds it.
+    """
+    kept = _cache()
+    if kept is None:
+        _say(f"Nothing is kept: {_CACHE}={os.environ[_CACHE]}.")
+        return
+    if action is _CacheAction.path:
+        _print(str(kept.directory))
+        return
+    entries = kept.entries()
+    if action is _CacheAction.clear:
+        _say(f"removed {len(entries)} entries, {_size(kept.clear())}, of {kept.directory}")
+        return
+    held = sum(entry.bytes for entry in entries)
+    if as_json:
+        rows = [{"what": e.what, "bytes": e.bytes, "used": e.used} for e in entries]
+        directory = str(kept.directory)
+        bound = kept.most_bytes
+        _print_json({"directory": directory, "bytes": held, "bound": bound, "entries": rows})
+        return
+    _print(f"{kept.directory}: {_size(held)} of {_size(kept.most_bytes)}")
+    for entry in entries:
+        used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
+        _print(f"  {used}  {_size(entry.bytes):>8}  {entry.what}")
 
 
 @app.command()

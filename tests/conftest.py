@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,6 +15,9 @@ from fhe_fx.passes import Pass
 from fhe_fx.testing import Build, float_program, statements
 
 __all__ = ["Build", "CheckPass", "float_program", "statements"]
+
+
+os.environ["FHE_FX_CACHE"] = "off"  # commands lower anew, also in processes of their own
 
 
 class CheckPass(Protocol):

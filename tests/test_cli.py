@@ -407,3 +407,35 @@ def test_inspect_prints_data_and_writes_a_page(tmp_path: Path) -> None:
     assert refused(*given, "--html", nowhere) == (
         f"error: --html {nowhere}: there is no directory {nowhere.parent}."
     )
+
+
+def test_what_a_command_lowered_is_kept_shown_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FHE_FX_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setenv("FHE_FX_CACHE_GB", "0.5")
+    runs = [json.loads(invoke("report", SHIPPED, *PART, "--json").stdout) for _ in range(2)]
+    first, second = (run["regions"][0] for run in runs)
+    assert first["nodes"] == second["nodes"]
+    assert first["complexity"] == second["complexity"]
+    shown = json.loads(invoke("cache", "--json").stdout)
+    assert shown["bound"] == 500_000_000
+    assert shown["directory"] == str(tmp_path / "kept")
+    assert {e["what"] for e in shown["entries"]} == {"transformer.h.0.attn_heads_0", "calibration"}
+    assert shown["bytes"] == sum(p.stat().st_size for p in (tmp_path / "kept").iterdir())
+    listed = invoke("cache").stdout
+    assert "of 500.0 MB" in listed
+    assert listed.count("\n") == 3
+    assert invoke("cache", "path").stdout.strip() == str(tmp_path / "kept")
+    assert invoke("cache", "clear").stderr.startswith("removed 2 entries, ")
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_a_cache_that_is_off_or_has_no_size_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FHE_FX_CACHE", "off")
+    assert invoke("cache").stderr.strip() == "Nothing is kept: FHE_FX_CACHE=off."
+    monkeypatch.setenv("FHE_FX_CACHE", "")
+    monkeypatch.setenv("FHE_FX_CACHE_GB", "much")
+    assert refused("cache") == (
+        "error: FHE_FX_CACHE_GB='much' is not a size in GB. Try FHE_FX_CACHE_GB=1."
+    )

@@ -183,6 +183,7 @@ def _seconds(statement: str) -> float:
 
 def test_import_leaves_heavy_packages_alone() -> None:
     heavy = ["concrete", "transformers", "typer", "rich", "matplotlib", "onnx", "onnxruntime"]
+    heavy += ["scipy.stats", "networkx"]
     heavy += [
         "fastapi",
         "uvicorn",
@@ -231,5 +232,5 @@ def test_each_party_needs_its_own_extra_alone() -> None:
     assert message == "error: This needs uvicorn: pip install 'fhe_fx[server]'\n", message
 
 
-def test_import_takes_less_than_two_seconds_beyond_torch() -> None:
-    assert _seconds("import torch, fhe_fx") - _seconds("import torch") < 2.0
+def test_import_takes_less_than_a_second_beyond_torch() -> None:
+    assert _seconds("import torch, fhe_fx") - _seconds("import torch") < 1.0

@@ -27,7 +27,10 @@ def windows(model: Path, name: str, tokens: int, n: int) -> list[dict[str, Tenso
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = [tokenizer(s, return_tensors="pt")["input_ids"] for s in (model / name).open()]
+    rows = [
+        tokenizer(s, return_tensors="pt")["input_ids"]
+        for s in (model / name).read_text().splitlines()
+    ]
     return [{"input_ids": row[:, :tokens]} for row in rows if row.shape[1] >= tokens][:n]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fhe_fx.api import encrypt_submodule, encrypted_modules
 from fhe_fx.capture import resolve_targets
+from fhe_fx.capture.digest import digest_of_code, digest_of_model
 from fhe_fx.errors import OptionsError, PassError, did_you_mean
 from fhe_fx.evaluate.compare import FloatRun, batches, next_logits, outputs_of
 from fhe_fx.evaluate.metrics import Tally
@@ -32,7 +33,6 @@ from fhe_fx.evaluate.stages import (
 from fhe_fx.evaluate.texts import (
     DataError,
     Texts,
-    digest_of_model,
     digest_of_rows,
     overlap,
     sample_texts,
@@ -113,7 +113,7 @@ def evaluate_submodule(
     expected = FloatRun(model, paths, batches(data.rows))
     run = _Run(model, paths, heads, tokens, inputs, stages, passes, expected)
     fixed = {
-        "code": _digest_of_code(),
+        "code": digest_of_code(),
         "model": own.digest,
         "targets": paths,
         "heads": heads,
@@ -244,15 +244,6 @@ def _token_rows(call: Any) -> list[Tensor]:
 
     tensors = [t for t in as_call(call).tensors() if not t.is_floating_point()]
     return list(tensors[0].reshape(-1, tensors[0].shape[-1])) if tensors else []
-
-
-def _digest_of_code() -> str:
-    """Return a hash of this package, so that results of another compiler are not taken for ours."""
-    found = hashlib.sha256()
-    root = Path(__file__).parent.parent
-    for path in sorted(root.rglob("*.py")):
-        found.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return found.hexdigest()
 
 
 @dataclass

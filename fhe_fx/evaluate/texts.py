@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fhe_fx.capture.digest import digest_of_model
 from fhe_fx.errors import CalibrationError, FheFxError, OptionsError, did_you_mean
 from fhe_fx.options import Options
 from fhe_fx.quant.calibration import sample_from_model
@@ -22,7 +23,6 @@ __all__ = [
     "DataError",
     "Texts",
     "cache_directory",
-    "digest_of_model",
     "digest_of_rows",
     "overlap",
     "read_texts",
@@ -186,20 +186,6 @@ def _sampled(model: nn.Module, n: int, tokens: int, seed: int, start: int) -> Te
             pad_token_id=0,
         )
     return found[:, 1 : tokens + 1]
-
-
-def digest_of_model(model: nn.Module) -> str:
-    """Return a hash of a model's class, configuration and weights."""
-    found = hashlib.sha256(type(model).__qualname__.encode())
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_json_string"):
-        found.update(config.to_json_string().encode())
-    for name, value in sorted(model.state_dict().items()):
-        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        found.update(
-            memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        )
-    return found.hexdigest()
 
 
 def digest_of_rows(rows: Sequence[Tensor]) -> str:

@@ -8,6 +8,7 @@ from fhe_fx.export.bundle import (
     load_client_bundles,
     load_server_bundle,
 )
+from fhe_fx.export.cache import Cache
 from fhe_fx.export.directory import check_destination
 from fhe_fx.export.manifest import MANIFEST, read_artefacts, read_manifest, read_stated
 from fhe_fx.export.model import save
@@ -18,6 +19,7 @@ __all__ = [
     "FILES",
     "MANIFEST",
     "Artifact",
+    "Cache",
     "ClientBundle",
     "ServerBundle",
     "check_destination",

@@ -21,7 +21,7 @@ from fhe_fx.passes import Annotate, Partition, Pipeline
 from fhe_fx.passes.normalize import Normalize
 from fhe_fx.passes.partition import ENCRYPTED
 from fhe_fx.quant.calibration import check_calibration
-from fhe_fx.runtime.lower import inputs_of_region, lower_region
+from fhe_fx.runtime.lower import Lowerer, inputs_of_region, lower_region, run_pipeline
 from fhe_fx.runtime.region import Region
 
 __all__ = ["exported_region", "exported_targets", "open_exported"]
@@ -68,6 +68,7 @@ def exported_region(
     calibration: Sequence[Tensor] | None,
     pipeline: Pipeline,
     options: Options,
+    lower: Lowerer = run_pipeline,
 ) -> Region:
     """Cut a submodule out of an exported program and lower it to integers.
 
@@ -78,6 +79,7 @@ def exported_region(
         calibration: values of the program's only input, or None if it can write its own.
         pipeline: lowers the region.
         options: how.
+        lower: runs the pipeline, or knows what it makes.
 
     Raises:
         CalibrationError: if calibration values are missing, or have another shape.
@@ -91,7 +93,7 @@ def exported_region(
     target.properties = {"captured"}
     target.samples = inputs_of_region(composed, inputs)
     Pipeline((Normalize(),)).run(target)
-    return lower_region(target, heads, pipeline)
+    return lower_region(target, heads, pipeline, lower)
 
 
 # Calibration ----------------------------------------------------------------------------------

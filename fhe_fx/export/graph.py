@@ -19,7 +19,14 @@ from fhe_fx.errors import ArtifactError
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.program import Program
 
-__all__ = ["GRAPH_ENTRIES", "describe", "graph_from_entries", "graph_to_entries", "rebuild"]
+__all__ = [
+    "GRAPH_ENTRIES",
+    "describe",
+    "graph_from_entries",
+    "graph_to_entries",
+    "operator_of",
+    "rebuild",
+]
 
 Operator = Callable[..., Any]
 
@@ -27,6 +34,11 @@ GRAPH_ENTRIES = ("program.json", "program.safetensors")
 """Entries of server.zip that hold the integer program."""
 
 _OPERATORS: dict[str, Operator] = {str(op): op for op in d.INTEGER_OPS}
+
+
+def operator_of(name: str) -> Operator:
+    """Return an operator of the integer stage by the name that `describe` wrote."""
+    return _OPERATORS[name]
 
 
 def graph_to_entries(program: Program) -> dict[str, bytes]:
@@ -49,7 +61,7 @@ def graph_from_entries(entries: Mapping[str, bytes]) -> Program:
     try:
         written = json.loads(entries[GRAPH_ENTRIES[0]])
         tensors = safetensors.load(entries[GRAPH_ENTRIES[1]])
-        module = rebuild({"nodes": written["nodes"]}, tensors, _OPERATORS.__getitem__)
+        module = rebuild({"nodes": written["nodes"]}, tensors, operator_of)
         return Program(module, name=str(written["name"]), properties={"integer"})
     except Exception as error:  # whatever the bytes hold, the answer is one sentence
         raise ArtifactError(
@@ -116,7 +128,8 @@ def rebuild(
     """Build a graph again from what `describe` returned.
 
     Args:
-        described: nodes and modules; a module that was left out is one that cannot be called.
+        described: nodes and modules; a module that was left out is one that cannot be called. A
+            call may have a "name", which its node then has.
         tensors: constants by the names given to `describe`.
         operator: returns the operator of a name, or raises.
     """
@@ -141,7 +154,7 @@ def rebuild(
     for number, call in enumerate(described["nodes"]):
         args = tuple(read(call["args"]))
         if call["op"] == "placeholder":
-            made.append(graph.placeholder(f"input_{number}"))
+            made.append(graph.placeholder(call.get("name", f"input_{number}")))
         elif call["op"] == "output":
             made.append(graph.output(tuple(args[0]) if isinstance(args[0], list) else args[0]))
         elif call["op"] == "call_module":
@@ -153,6 +166,7 @@ def rebuild(
             made.append(graph.call_module(name, args))
         else:
             kwargs = {k: read(v) for k, v in call.get("kwargs", {}).items()}
-            made.append(graph.call_function(operator(call["op"]), args, kwargs))
+            target = operator(call["op"])
+            made.append(graph.create_node("call_function", target, args, kwargs, call.get("name")))
     graph.lint()
     return fx.GraphModule(root, graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -138,8 +139,23 @@ class AffineChain:
         inputs = torch.cat([torch.zeros(1, shape[-1], dtype=torch.float64), unit])
         inputs = inputs.view(-1, *(1,) * (len(shape) - 1), shape[-1]).expand(-1, *shape)
         with torch.no_grad():
-            values: Tensor = BatchInterpreter(module).run(inputs).flatten(1)
+            values: Tensor = _AlikeRows(module).run(inputs).flatten(1)
         return values[1:] - values[0], values[0]
+
+
+class _AlikeRows(BatchInterpreter):
+    """Runs a graph on repeated rows, which stay views: a product with one matrix is made once."""
+
+    def _call(self, n: fx.Node, args: list[Any]) -> Any:
+        if not d.is_call(n, LINEAR) or args[1].dim() != 2:
+            return super()._call(n, args)
+        x = args[0]
+        repeated = [i for i in range(1, x.dim() - 1) if x.stride(i) == 0]
+        once = x
+        for axis in repeated:
+            once = once.narrow(axis, 0, 1)
+        product: Tensor = super()._call(n, [once, args[1]])
+        return product.expand(*x.shape[:-1], product.shape[-1])
 
 
 def _in_place(b: Builder, product: fx.Node, rows: Tensor, order: Tensor) -> fx.Node:

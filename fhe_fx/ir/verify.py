@@ -122,6 +122,19 @@ INTEGER_RULES: tuple[Rule, ...] = (
 )
 
 
+def _fault(node: fx.Node, rules: tuple[Rule, ...]) -> str | None:
+    """Return the first fault of a node; an operator that its arguments do not fit is one, too."""
+    for rule in rules:
+        try:
+            fault = rule(node)
+        except Exception as error:  # whatever operators raise on the meta device
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return f"{operator_name(node)} does not take its arguments: {reason}"
+        if fault is not None:
+            return fault
+    return None
+
+
 def verify(program: Program) -> None:
     """Check every rule of the program's stage on every node.
 
@@ -136,10 +149,8 @@ def verify(program: Program) -> None:
         return
     faults: dict[fx.Node, str] = {}
     for node in program.graph.nodes:
-        for rule in rules:
-            if (fault := rule(node)) is not None:
-                faults[node] = fault
-                break
+        if (fault := _fault(node, rules)) is not None:
+            faults[node] = fault
     if faults:
         listed = "\n".join(f"  {node.name}: {fault}" for node, fault in faults.items())
         raise InvariantError(

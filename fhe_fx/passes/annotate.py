@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import networkx as nx
 from torch import fx
 
 from fhe_fx.errors import CaptureError
@@ -67,6 +66,8 @@ def check_convex(program: Program, path: str) -> None:
     Raises:
         CaptureError: names the float nodes in between.
     """
+    import networkx as nx  # slow to import
+
     graph: nx.DiGraph[fx.Node] = nx.DiGraph()
     for node in program.graph.nodes:
         graph.add_edges_from((source, node) for source in node.all_input_nodes)

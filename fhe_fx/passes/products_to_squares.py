@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
@@ -148,6 +146,9 @@ def _operand(node: fx.Node) -> _Operand:
 
 def _connected(a: Tensor, b: Tensor, n: int) -> Tensor:
     """Number the groups of classes that meet in products; indexed by class of the left side."""
+    from scipy.sparse import coo_matrix  # slow to import
+    from scipy.sparse.csgraph import connected_components
+
     pairs = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1).numpy()
     ones = torch.ones(pairs.shape[1], dtype=torch.int8).numpy()
     graph = coo_matrix((ones, (pairs[0], pairs[1] + n)), shape=(2 * n, 2 * n))

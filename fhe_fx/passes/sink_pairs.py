@@ -137,7 +137,7 @@ def _sum_pairs(b: Builder, v: fx.Node, m: _Scattered) -> fx.Node | None:
     live[m.rows, m.columns] = True
     common = live.all(0).nonzero().flatten()
     if m.rows_sum_to_one and len(common):
-        return _sum_around(b, v, m, int(common[0]), in_pairs)
+        return _sum_around(b, v, m, int(common[0]))
     sums = _row_sums(b, m.values, b.index_select(v, -2, m.columns), m.rows)
     alone = (~in_pairs).nonzero().flatten()
     if not len(alone):
@@ -146,8 +146,8 @@ def _sum_pairs(b: Builder, v: fx.Node, m: _Scattered) -> fx.Node | None:
     return _merge_rows(b, sums, single, in_pairs)
 
 
-def _sum_around(b: Builder, v: fx.Node, m: _Scattered, reference: int, in_pairs: Tensor) -> fx.Node:
-    n_columns = m.constant.shape[1]
+def _sum_around(b: Builder, v: fx.Node, m: _Scattered, reference: int) -> fx.Node:
+    n_rows, n_columns = m.constant.shape
     base = b.index_select(v, -2, torch.tensor([reference]))
     others = torch.tensor([c for c in range(n_columns) if c != reference])
     spread = b.sub(b.index_select(v, -2, others), base)
@@ -157,11 +157,12 @@ def _sum_around(b: Builder, v: fx.Node, m: _Scattered, reference: int, in_pairs:
         b, b.index_select(m.values, -1, keep), b.index_select(spread, -2, position), m.rows[keep]
     )
     filled = b.add(sums, base)
-    if bool(in_pairs.all()):
+    is_filled = torch.isin(torch.arange(n_rows), m.rows[keep])
+    if bool(is_filled.all()):
         return filled
     *lead, _, width = d.shape_of(base)
-    alone = b.expand(base, (*lead, int((~in_pairs).sum()), width))
-    return _merge_rows(b, filled, alone, in_pairs)
+    alone = b.expand(base, (*lead, int((~is_filled).sum()), width))  # these weigh it by one
+    return _merge_rows(b, filled, alone, is_filled)
 
 
 def _row_sums(b: Builder, weights: fx.Node, values: fx.Node, rows: Tensor) -> fx.Node:

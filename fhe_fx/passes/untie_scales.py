@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -50,6 +49,8 @@ class UntieScales(Pass):
 
 def _on_a_cycle(program: Program) -> fx.Node | None:
     """Return the first weighted node whose result shares a scale with its input, if any."""
+    import networkx as nx  # slow to import
+
     classes = find_classes(program)
     absorbed = absorbed_scales(program)
     weighted = [

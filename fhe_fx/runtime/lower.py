@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -16,16 +16,32 @@ from fhe_fx.passes.partition import ENCRYPTED, Partition
 from fhe_fx.passes.select_heads import SelectHeads
 from fhe_fx.runtime.region import Region
 
-__all__ = ["inputs_of_region", "lower_region"]
+__all__ = ["Lowerer", "inputs_of_region", "lower_region", "run_pipeline"]
+
+Lowerer = Callable[[Program, Pipeline], Program]
+"""Returns what a pipeline makes of a captured region, which it leaves as it is."""
 
 
-def lower_region(target: Program, heads: Sequence[int] | None, pipeline: Pipeline) -> Region:
+def run_pipeline(captured: Program, pipeline: Pipeline) -> Program:
+    """Lower a copy of a region."""
+    program = copy.deepcopy(captured)
+    pipeline.run(program)
+    return program
+
+
+def lower_region(
+    target: Program,
+    heads: Sequence[int] | None,
+    pipeline: Pipeline,
+    lower: Lowerer = run_pipeline,
+) -> Region:
     """Choose what of a submodule is encrypted, and lower it to integers.
 
     Args:
         target: the submodule, normalized, with calibration samples of its inputs; left as it is.
         heads: heads of its attention to encrypt, or None for all of it.
         pipeline: lowers the encrypted region.
+        lower: how it is run; a cache may know the result.
 
     Raises:
         TargetError: if there are no such heads.
@@ -49,8 +65,7 @@ def lower_region(target: Program, heads: Sequence[int] | None, pipeline: Pipelin
         samples=inputs_of_region(composed.module, target.samples),
         properties={"captured", "normal"},
     )
-    program = copy.deepcopy(captured)
-    pipeline.run(program)
+    program = lower(captured, pipeline)
     shapes = tuple(d.shape_of(n) for n in target.placeholders)
     return Region(path, target, composed.module, captured, program, pipeline.dumping(None), shapes)
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import binom
 from torch import Tensor, fx
 
 from fhe_fx.backends.reference.batch import run_batch
@@ -47,6 +46,8 @@ class RangeUse:
     @property
     def is_exceeded(self) -> bool:
         """Whether a warning is due."""
+        from scipy.stats import binom  # a second of imports, needed here alone
+
         usual = max(RANGE_SHARE, self.calibrated)
         by_chance = float(binom.sf(self.outside - 1, self.total, usual))
         return self.share > usual and by_chance < CHANCE

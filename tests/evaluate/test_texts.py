@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from fhe_fx.capture.digest import digest_of_model
 from fhe_fx.errors import OptionsError
 from fhe_fx.evaluate import DataError, read_texts, sample_texts
 from fhe_fx.evaluate import texts as module
-from fhe_fx.evaluate.texts import cache_directory, digest_of_model, overlap
+from fhe_fx.evaluate.texts import cache_directory, overlap
 from tests.models import tiny_gpt2
 
 
