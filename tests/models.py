@@ -22,13 +22,19 @@ torch.set_num_threads(1)
 
 
 @functools.cache
-def shipped_gpt2() -> Any:
-    """Return the GPT-2 of examples/gpt2; not to be changed by a test."""
+def shipped_gpt2(blocks: int | None = None) -> Any:
+    """Return the GPT-2 of examples/gpt2, or its first blocks; not to be changed by a test.
+
+    Capture takes the whole model: where only the first block's input and output matter, the
+    others cost time.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(SHIPPED).eval()
+    logging.set_verbosity_error()  # it lists the blocks that are left out
+    changes = {} if blocks is None else {"n_layer": blocks}
+    return AutoModelForCausalLM.from_pretrained(SHIPPED, **changes).eval()
 
 
 @functools.cache

@@ -34,7 +34,7 @@ def held_out() -> Texts:
 def evaluation(cache: Path, held_out: Texts) -> Evaluation:
     """Evaluate one head of the shipped model at two settings."""
     return evaluate_submodule(
-        shipped_gpt2(),
+        shipped_gpt2(1),
         "h.0.attn",
         n_bits=(2, 6),
         tokens=TOKENS,

@@ -72,9 +72,9 @@ def test_noise_adds_to_the_error(evaluation: Evaluation) -> None:
 def test_clear_figures_are_those_of_the_encrypted_model_run_sentence_by_sentence(
     evaluation: Evaluation, held_out: Texts, cache: Path
 ) -> None:
-    texts = sample_texts(shipped_gpt2(), 128, 4 * TOKENS, seed=0)
+    texts = sample_texts(shipped_gpt2(1), 128, 4 * TOKENS, seed=0)
     encrypted = fhe_fx.encrypt_submodule(
-        shipped_gpt2(),
+        shipped_gpt2(1),
         "h.0.attn",
         n_bits=6,
         max_tokens=TOKENS,
@@ -86,7 +86,7 @@ def test_clear_figures_are_those_of_the_encrypted_model_run_sentence_by_sentence
     with torch.no_grad():
         for row in held_out.rows:
             ours = encrypted(row[None]).logits[0]
-            theirs = shipped_gpt2()(row[None]).logits[0]
+            theirs = shipped_gpt2(1)(row[None]).logits[0]
             agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
             loss -= float(ours.log_softmax(-1)[:-1].gather(-1, row[1:, None]).sum())
             count += len(row) - 1
@@ -163,7 +163,7 @@ def test_files_hold_what_was_found(tmp_path: Path, evaluation: Evaluation) -> No
 def test_calibrating_on_the_sentences_is_said(cache: Path) -> None:
     rows = [r[0, :4] for r in shipped_sentences()[:12]]
     found = evaluate_submodule(
-        shipped_gpt2(), "h.0.attn", tokens=4, heads=[0], stages=["clear"],
+        shipped_gpt2(1), "h.0.attn", tokens=4, heads=[0], stages=["clear"],
         data=Texts(tuple(rows), "held-out sentences"),
         calibration=[{"input_ids": row} for row in shipped_sentences()[3:40]],
     )  # fmt: skip
@@ -177,7 +177,7 @@ def test_calibrating_on_the_sentences_is_said(cache: Path) -> None:
 def test_random_calibration_is_said(cache: Path) -> None:
     ids = torch.randperm(2000, generator=torch.Generator().manual_seed(0))[:160].view(40, 4)
     found = evaluate_submodule(
-        shipped_gpt2(), "h.0.attn", tokens=4, heads=[0], stages=["clear"], sentences=6,
+        shipped_gpt2(1), "h.0.attn", tokens=4, heads=[0], stages=["clear"], sentences=6,
         calibration=[{"input_ids": row[None]} for row in ids],
     )  # fmt: skip
     assert any("look like random noise" in text for text in found.settings[0].warnings)
@@ -186,7 +186,7 @@ def test_random_calibration_is_said(cache: Path) -> None:
 def test_ranges_that_do_not_fit_are_said(cache: Path) -> None:
     same = [{"input_ids": torch.full((1, 4), 7)}, {"input_ids": torch.tensor([[7, 7, 8, 7]])}] * 2
     found = evaluate_submodule(
-        shipped_gpt2(), "h.0.attn", tokens=4, heads=[0], stages=["clear"], sentences=12,
+        shipped_gpt2(1), "h.0.attn", tokens=4, heads=[0], stages=["clear"], sentences=12,
         calibration=same,
     )  # fmt: skip
     (warning,) = (w for w in found.settings[0].warnings if "outside" in w)

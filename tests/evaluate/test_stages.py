@@ -32,7 +32,7 @@ def _lowered(
 @functools.cache
 def _region(n_bits: int) -> Region:
     encrypted = fhe_fx.encrypt_submodule(
-        shipped_gpt2(), "h.0.attn", heads=[0], n_bits=n_bits, max_tokens=3, input_bits=16
+        shipped_gpt2(1), "h.0.attn", heads=[0], n_bits=n_bits, max_tokens=3, input_bits=16
     )
     return encrypted_modules(encrypted)[0].region
 
