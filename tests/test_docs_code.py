@@ -78,11 +78,12 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(fhe_fx, "set_mode", simulate)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    known = [(registry, dict(registry)) for registry in (base._REGISTRY, LOWERINGS)]
+    registries: list[Any] = [base._REGISTRY, LOWERINGS]
+    known = [dict(registry) for registry in registries]
     yield
-    for registry, content in known:
-        registry.clear()  # type: ignore[attr-defined]
-        registry.update(content)  # type: ignore[attr-defined]
+    for registry, content in zip(registries, known, strict=True):
+        registry.clear()
+        registry.update(content)
 
 
 @pytest.mark.parametrize("page", RUNNING, ids=lambda p: str(p.relative_to(ROOT)))
