@@ -53,7 +53,11 @@ def main() -> None:
     """Write the stage, and build the site of it; a warning is an error."""
     shutil.rmtree(STAGE, ignore_errors=True)
     listed = subprocess.run(
-        ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "*.md", "*.png", "*.svg"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for name in listed.stdout.split():
         (STAGE / name).parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from enum import Enum
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fhe_fx.backends import CircuitFacts
     from fhe_fx.export.cache import Cache
     from fhe_fx.export.models import NamedModel
+    from fhe_fx.inspection.results import Inspection
     from fhe_fx.ir.program import Program
     from fhe_fx.passes import Pipeline
     from fhe_fx.report import RegionCost
@@ -1014,6 +1016,9 @@ def inspect(
         float, typer.Option(help="Relative error from which a node is pointed out.")
     ] = 0.1,
     html: Annotated[Path | None, typer.Option(help="A page to write, with the graph.")] = None,
+    graph: Annotated[
+        Path | None, typer.Option(help="A page as of `fhe-fx graph`, coloured by error.")
+    ] = None,
     calibration: Calibration = None,
     p_error: PError = None,
     seed: Seed = 0,
@@ -1028,8 +1033,9 @@ def inspect(
         raise OptionsError(
             f"--mode {mode!r} is not one of {', '.join(modes)}.{did_you_mean(mode, modes)}"
         )
-    if html is not None and not html.parent.is_dir():
-        raise OptionsError(f"--html {html}: there is no directory {html.parent}.")
+    for option, place in (("html", html), ("graph", graph)):
+        if place is not None and not place.parent.is_dir():
+            raise OptionsError(f"--{option} {place}: there is no directory {place.parent}.")
     with _progress("loading the model") as show:
         named = _language_model(model, seed)
         assert named.module is not None
@@ -1052,6 +1058,22 @@ def inspect(
         _print(str(found))
     if html is not None:
         _say(f"wrote {found.save_html(html)}")
+    if graph is not None:
+        graph.write_text(_graph_of(encrypted, found), encoding="utf-8")
+        _say(f"wrote {graph}")
+
+
+def _graph_of(encrypted: Any, found: Inspection) -> str:
+    """Return the page of a part's graph, with the errors and the outliers of an inspection."""
+    from fhe_fx.api import encrypted_modules
+    from fhe_fx.ir.snapshot import snapshot
+    from fhe_fx.report.page import Measure, to_page
+
+    (module,), (region,) = encrypted_modules(encrypted), found.regions
+    errors = {n.node: n.relative_error for n in region.nodes if isfinite(n.relative_error)}
+    outside = {n.node: 100 * n.outside_share for n in region.nodes}
+    measures = [Measure("relative error", errors), Measure("out of range", outside, " %")]
+    return to_page([snapshot(module.region.program)], title=region.name, measures=measures)
 
 
 @app.command()
@@ -1160,7 +1182,7 @@ def passes(
 
 @app.command()
 def graph(
-    source: Annotated[str, typer.Argument(help="A directory that FHE_FX_DUMP wrote, or a MODEL.")],
+    source: Annotated[str, typer.Argument(help="What export or FHE_FX_DUMP wrote, or a MODEL.")],
     html: Annotated[Path | None, typer.Option(help="A page to write: all steps, folded.")] = None,
     svg: Annotated[Path | None, typer.Option(help="A picture to write of the last step.")] = None,
     level: Annotated[str, typer.Option(help="Of the picture: modules, lines or nodes.")] = "nodes",
@@ -1174,13 +1196,17 @@ def graph(
     passes: Passes = None,
 ) -> None:
     """Draw the graph of an encrypted part, before and after each pass."""
+    from fhe_fx.export.artifact import read_drawn
+    from fhe_fx.export.manifest import MANIFEST
     from fhe_fx.report.page import LEVELS, read_snapshots, to_page, to_svg
 
     if html is None and svg is None:
         raise OptionsError("Give what to write: --html out.html, --svg out.svg, or both.")
     if level not in LEVELS:
         raise OptionsError(f"--level {level!r} is not one of {', '.join(LEVELS)}.")
-    if submodule is None:
+    if submodule is None and (Path(source) / MANIFEST).is_file():
+        snapshots = [read_drawn(source)]
+    elif submodule is None:
         snapshots = read_snapshots(Path(source))
     else:
         with _progress("loading and lowering the model"), _dumping() as dump:

@@ -85,7 +85,7 @@ def load(
         try:
             found = entry.load()
             register(found)
-        except Exception as error:  # whatever foreign code raises, the others are to work
+        except (Exception, SystemExit) as error:  # whatever foreign code does, the others work
             restore()
             reason = (str(error).strip() or "no message").splitlines()[0]
             _faults.append(Fault(plugin, f"{type(error).__name__}: {reason}"))

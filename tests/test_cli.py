@@ -394,14 +394,22 @@ def test_generate_refuses_before_it_lowers() -> None:
 
 def test_inspect_prints_data_and_writes_a_page(tmp_path: Path) -> None:
     given = ["inspect", SHIPPED, *PART, "--data", Path(SHIPPED) / "heldout.txt"]
-    page = tmp_path / "page.html"
-    result = invoke(*given, "--json", "--html", page)
+    page, graph = tmp_path / "page.html", tmp_path / "graph.html"
+    result = invoke(*given, "--json", "--html", page, "--graph", graph)
     assert result.exit_code == 0, result.stderr
     (region,) = json.loads(result.stdout)["regions"]
     assert region["name"] == "transformer.h.0.attn heads 0"
     assert region["tokens"] == 3
     assert 0 < region["result_errors"][0] < 0.5
-    assert result.stderr.splitlines()[-1] == f"wrote {page}"
+    assert result.stderr.splitlines()[-2:] == [f"wrote {page}", f"wrote {graph}"]
+    drawn = graph.read_text().partition('<script type="application/json"')[2]
+    data, _ = json.JSONDecoder().raw_decode(drawn[drawn.index("{") :])
+    errors, outside = data["measures"]
+    assert (errors["name"], outside["name"]) == ("relative error", "out of range")
+    names = {n["name"] for n in data["steps"][-1]["nodes"]}
+    assert set(errors["values"]) <= names
+    # Every look-up has an error, and the result has that of the part.
+    assert {n["name"] for n in data["steps"][-1]["nodes"] if n["look_ups"]} <= set(errors["values"])
     assert page.read_text().startswith("<!doctype html>")
     nowhere = tmp_path / "nowhere" / "page.html"
     assert refused(*given, "--html", nowhere) == (

@@ -158,6 +158,13 @@ def test_one_that_cannot_be_imported_is_named_and_the_others_work(install: Insta
     assert str(error.value) == f"There is no pass 'broken'. {message}"
 
 
+def test_one_that_ends_the_process_is_named_too(install: Install) -> None:
+    install(plugins.PASSES, "leaves", "bad_package", lambda module: sys.exit("no licence"))
+    install(plugins.PASSES, "shifts", "good_package", offers(Shifts))
+    with pytest.warns(UserWarning, match="bad-package 1.2 is left out: .* SystemExit: no licence"):
+        assert registered()["shifts"] is Shifts
+
+
 def test_a_name_that_is_taken_is_refused_even_for_a_class_of_the_same_name(
     install: Install,
 ) -> None:
@@ -277,6 +284,38 @@ def test_one_that_denies_a_change(install: Install) -> None:
     assert first == "denies of good-package 1.2 returned False, but the printed program changed."
     assert "return %3" in before
     assert "%4 = shift(%3, 1)" in after
+
+
+@dataclass(frozen=True)
+class Misfits(Pass):
+    name: ClassVar[str] = "misfits"
+
+    def run(self, program: Program) -> bool:
+        node = next(n for n in program.encrypted() if "reshape" in n.name)
+        node.args = (node.args[0], [7, 7])
+        return True
+
+
+@dataclass(frozen=True)
+class Stumbles(Pass):
+    name: ClassVar[str] = "stumbles"
+
+    def run(self, program: Program) -> bool:
+        raise KeyError("no such node")
+
+
+def test_one_that_leaves_an_operator_what_it_does_not_take(install: Install) -> None:
+    message = run(install, Misfits)
+    first, second, *_ = message.split("\n")
+    assert first.startswith("Pass misfits() of good-package 1.2 failed: region: 1 node(s) break")
+    assert second.startswith("  reshape_default_1: reshape does not take its arguments: ")
+    assert "^^^^" in message
+
+
+def test_one_that_raises(install: Install) -> None:
+    assert run(install, Stumbles) == (
+        "Pass stumbles() of good-package 1.2 failed: 'no such node'\n  passes before it: hoist-maps"
+    )
 
 
 def test_one_that_breaks_the_rules_of_the_graph(install: Install) -> None:

@@ -6,6 +6,7 @@ accidents, not malice: load only what comes from where you trust.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,15 @@ from fhe_fx.backends.reference import ReferenceBackend
 from fhe_fx.errors import ArtifactError
 from fhe_fx.export.archive import unpack
 from fhe_fx.export.graph import GRAPH_ENTRIES, graph_from_entries
-from fhe_fx.export.manifest import MANIFEST, check_files, read_manifest
+from fhe_fx.export.manifest import (
+    FORMAT,
+    MANIFEST,
+    MODEL_FORMAT,
+    check_files,
+    checked_file,
+    read_manifest,
+    stated_format,
+)
 from fhe_fx.runtime.codec import CODEC_ENTRIES, Codec
 
 if TYPE_CHECKING:
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CLIENT",
     "CLIENT_ENTRIES",
+    "DRAWN",
     "EXECUTION_FILES",
     "FILES",
     "GRAPH",
@@ -41,17 +51,20 @@ __all__ = [
     "WHOLE",
     "Artifact",
     "load_artifact",
+    "read_drawn",
     "simulated",
 ]
 
 CLIENT, SERVER, GRAPH = "client.zip", "server.zip", "graph.txt"
 WHOLE = (CLIENT, SERVER, GRAPH)
 """What an artefact is made of, beside its manifest."""
-PARTY_FILES = {"client": (CLIENT,), "server": (SERVER, GRAPH)}
+DRAWN = "graph.json"
+"""The same as graph.txt as data, from which `fhe-fx graph` draws; older artefacts have none."""
+PARTY_FILES = {"client": (CLIENT,), "server": (SERVER, GRAPH, DRAWN)}
 """Which of them each party is handed."""
 PARTIES = {f"{party}/{name}": name for party, names in PARTY_FILES.items() for name in names}
 """The same files in the directories that are handed to the two parties."""
-FILES = (*WHOLE, *PARTIES, f"client/{MANIFEST}", f"server/{MANIFEST}")
+FILES = (*WHOLE, DRAWN, *PARTIES, f"client/{MANIFEST}", f"server/{MANIFEST}")
 """The files of an artefact and its two bundles, beside its manifest."""
 
 SPECS = "client.specs.json"
@@ -148,6 +161,34 @@ class Artifact:
             InputError: if the inputs do not fit.
         """
         return self.codec.decode(self.circuit().execute(self.codec.encode(inputs)))
+
+
+def read_drawn(directory: str | Path) -> dict[str, Any]:
+    """Return the snapshot of the integer program of an artefact, or of what a server was handed.
+
+    Args:
+        directory: what `export` wrote, of one part.
+
+    Raises:
+        ArtifactError: if it holds several parts, or none, or was altered.
+    """
+    directory = Path(directory)
+    stated = stated_format(directory) or FORMAT
+    manifest = read_manifest(directory, check_versions=False, format=stated)
+    circuits = manifest.get("circuits", []) if stated == MODEL_FORMAT else []
+    if len(circuits) == 1:
+        return read_drawn(directory / str(circuits[0]["directory"]))
+    if circuits:
+        parts = ", ".join(str(c["directory"]) for c in circuits)
+        raise ArtifactError(f"{directory} holds {len(circuits)} circuits: {parts}. Give one.")
+    if DRAWN not in manifest["files"]:
+        raise ArtifactError(
+            f"{directory}, an {stated}, holds no {DRAWN}: the graph belongs to the server. "
+            f"Give the directory that was exported, or the server's, or export again."
+        )
+    found = json.loads(checked_file(directory, DRAWN, manifest))
+    assert isinstance(found, dict)
+    return found
 
 
 def load_artifact(directory: str | Path) -> Artifact:

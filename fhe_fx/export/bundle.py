@@ -8,7 +8,7 @@ the parties know that they speak of the same export.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fhe_fx.errors import ArtifactError
 from fhe_fx.export.archive import unpack
 from fhe_fx.export.artifact import (
     CLIENT_ENTRIES,
+    DRAWN,
     EXECUTION_FILES,
     SERVER_ENTRIES,
     SPECS,
@@ -140,17 +141,19 @@ def load_server_bundle(directory: str | Path) -> ServerBundle:
     Raises:
         ArtifactError: if a file is missing, truncated, altered, or of another version.
     """
-    manifest, files = _checked(Path(directory), SERVER_FORMAT, {"server.zip", "graph.txt"})
+    needed = {"server.zip", "graph.txt"}
+    manifest, files = _checked(Path(directory), SERVER_FORMAT, needed, optional={DRAWN})
     entries = unpack("server.zip", files["server.zip"], SERVER_ENTRIES)
     return ServerBundle(manifest, {name: entries[name] for name in EXECUTION_FILES})
 
 
 def _checked(
-    directory: Path, format: str, names: set[str]
+    directory: Path, format: str, names: set[str], optional: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     manifest = read_manifest(directory, format=format)
-    if not isinstance(manifest.get("files"), dict) or set(manifest["files"]) != names:
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or set(listed) - set(optional) != names:
         raise ArtifactError(
             f"{directory / MANIFEST} was altered: it does not list {', '.join(sorted(names))}."
         )
-    return manifest, {name: checked_file(directory, name, manifest) for name in names}
+    return manifest, {name: checked_file(directory, name, manifest) for name in listed}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from fhe_fx.errors import ArtifactError
 from fhe_fx.export.archive import pack
 from fhe_fx.export.artifact import (
     CLIENT,
+    DRAWN,
     FILES,
     GRAPH,
     PARTY_FILES,
@@ -38,6 +40,7 @@ from fhe_fx.export.manifest import (
     write_manifest,
 )
 from fhe_fx.ir import dialect as d
+from fhe_fx.ir.snapshot import snapshot
 from fhe_fx.report import report_on
 from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.region import Region
@@ -166,7 +169,16 @@ def _files(region: Region) -> dict[str, bytes]:
         CLIENT: pack(client),
         SERVER: pack(server),
         GRAPH: f"{region.program}\n".encode(),
+        DRAWN: json.dumps(_drawn(region)).encode(),
     }
+
+
+def _drawn(region: Region) -> dict[str, Any]:
+    """Return the program as the last step of its lowering, as `fhe-fx graph` reads steps."""
+    passes = list(region.pipeline)
+    notes = [dataclasses.asdict(note) for note in region.program.notes]
+    last = {"pass": passes[-1].text() if passes else "given", "number": len(passes)}
+    return {**last, "notes": notes, **snapshot(region.program)}
 
 
 def _manifest(region: Region, origin: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def example() -> Iterator[Any]:
     yield load("relu_softmax")
     base._REGISTRY.clear()
     base._REGISTRY.update(known)
-    for name in ("relu_softmax", "frontier"):
+    for name in ("relu_softmax", "shapes"):
         sys.modules.pop(name, None)
 
 
@@ -132,8 +132,8 @@ def test_the_comparison_measures_and_draws(
     monkeypatch.setattr(sys, "path", [*sys.path])
     few = ["--tokens", "3", "--n-bits", "4", "--shapes", "softmax", "relu", "--sentences", "8"]
     few += ["--calibration", "16"]
-    monkeypatch.setattr(sys, "argv", ["frontier.py", str(MODEL), *few, "--out", str(tmp_path)])
-    load("frontier").main()
+    monkeypatch.setattr(sys, "argv", ["shapes.py", str(MODEL), *few, "--out", str(tmp_path)])
+    load("shapes").main()
     softmax, relu = json.loads((tmp_path / "cost.json").read_text())
     assert relu["look_ups"] < softmax["look_ups"]
     assert 0 < softmax["error"] < relu["error"] < 1

@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import fhe_fx
+from fhe_fx.cli import app
 from fhe_fx.errors import ArtifactError, InputError
 from fhe_fx.export import FILES, export_region, load_artifact, read_manifest
 from fhe_fx.export import region as region_module
 from fhe_fx.export.archive import pack, unpack
-from fhe_fx.export.artifact import PARTIES, SERVER_ENTRIES, WHOLE
+from fhe_fx.export.artifact import PARTIES, SERVER_ENTRIES, WHOLE, read_drawn
 from fhe_fx.export.manifest import file_entry, write_manifest
+from fhe_fx.ir.snapshot import snapshot
 from fhe_fx.runtime.region import Region
 from tests.export.conftest import make_region
 
@@ -55,11 +58,28 @@ def test_manifest_states_cost_shapes_and_validation(written: Path, region: Regio
     held = sorted(p.relative_to(written).as_posix() for p in written.rglob("*") if p.is_file())
     assert held == sorted([*FILES, "manifest.json"])
     assert {p.name for p in written.iterdir()} == {
-        "client.zip", "server.zip", "graph.txt", "manifest.json", "client", "server"
+        "client.zip", "server.zip", "graph.txt", "graph.json", "manifest.json", "client", "server"
     }  # fmt: skip
     assert (written / "graph.txt").read_text() == f"{region.program}\n"
     for copy, name in PARTIES.items():
         assert (written / copy).read_bytes() == (written / name).read_bytes()
+
+
+def test_the_graph_is_drawn_from_an_artefact_and_from_what_the_server_has(
+    written: Path, region: Region, tmp_path: Path
+) -> None:
+    page, picture = tmp_path / "g.html", tmp_path / "g.svg"
+    expected = snapshot(region.program)
+    for directory in (written, written / "server"):
+        drawn = read_drawn(directory)
+        assert {k: drawn[k] for k in expected} == expected
+        command = ["graph", str(directory), "--html", str(page), "--svg", str(picture)]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.stderr
+        assert expected["nodes"][-1]["name"] in page.read_text()
+        assert picture.read_text().startswith("<svg")
+    with pytest.raises(ArtifactError, match=r"holds no graph\.json: the graph belongs to the"):
+        read_drawn(written / "client")
 
 
 def test_same_region_gives_same_client_file(region: Region, written: Path, tmp_path: Path) -> None:

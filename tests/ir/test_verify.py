@@ -41,6 +41,17 @@ def test_a_shape_that_is_not_true_is_a_fault() -> None:
         verify(program)
 
 
+def test_an_operator_that_its_arguments_do_not_fit_is_a_fault() -> None:
+    program = float_program(lambda b, x: b.view(x, (3, 2)), [X])
+    node = program.results[0]
+    node.args = (node.args[0], [4, 2])
+    with pytest.raises(InvariantError) as error:
+        verify(program)
+    fault = str(error.value).split("\n")[1]
+    assert fault.startswith("  reshape_default: reshape does not take its arguments: ")
+    assert "[4, 2]" in fault
+
+
 def test_all_faults_are_listed_at_once() -> None:
     program = float_program(lambda b, x: b.scale(b.scale(x, 2.0), 3.0), [X])
     for node in program.calls(program.results[0].target):

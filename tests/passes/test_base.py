@@ -12,6 +12,8 @@ import torch
 
 from fhe_fx.errors import InvariantError, PassError
 from fhe_fx.ir import Program
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.ops import SHIFT
 from fhe_fx.passes import Pass, Pipeline, default_pipeline, get_pass, register, registered
 from fhe_fx.passes.allot_bits import AllotBits
 from fhe_fx.passes.expand_matmuls import ExpandMatmuls
@@ -78,6 +80,27 @@ def test_a_pass_that_lies_is_told() -> None:
     with pytest.raises(PassError) as error:
         Pipeline((Lies(),)).run(small())
     assert str(error.value) == "lies returned True, but the printed program did not change."
+
+
+@dataclass(frozen=True)
+class Halves(Pass):
+    name: ClassVar[str] = "halves"
+    is_exact: ClassVar[bool] = False
+
+    def run(self, program: Program) -> bool:
+        (node,) = program.calls(SHIFT)
+        b = program.before(node, self)
+        program.replace(node, b.shift(d.input_node(node), d.constant(d.input_node(node, 1)) / 2))
+        return True
+
+
+def test_a_constant_that_the_print_does_not_show_is_a_change() -> None:
+    program = float_program(lambda b, x: b.shift(x, X), [X])
+    before = str(program)
+    (record,) = Pipeline((Halves(),)).run(program)
+    assert record.has_changed
+    assert str(program) == before
+    assert torch.equal(program(X)[0], 1.5 * X)
 
 
 def test_a_failure_names_the_pass_its_options_and_those_before() -> None:

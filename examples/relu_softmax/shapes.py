@@ -1,6 +1,6 @@
 """Accuracy against cost of attention with softmax and with one function of each score.
 
-python examples/relu_softmax/frontier.py examples/gpt2/model --out out/relu_softmax
+python examples/relu_softmax/shapes.py examples/gpt2/model --out out/relu_softmax
 """
 
 from __future__ import annotations
@@ -102,10 +102,11 @@ def plot(rows: list[dict[str, Any]], title: str, directory: Path) -> None:
             if shape == "softmax":
                 for r in own:
                     at = (r["complexity"], r["error"])
-                    axes.annotate(f"{r['n_bits']} bits", at, (0, -11), textcoords="offset points",
-                                  ha="center", fontsize=8, color=colour)  # fmt: skip
+                    axes.annotate(f"{r['n_bits']} bits", at, (7, 3), textcoords="offset points",
+                                  ha="left", fontsize=8, color=colour)  # fmt: skip
         axes.set(xscale="log", yscale="log", title=title)
         axes.set(xlabel="cost of one run (Concrete's complexity)", ylabel="relative error")
+        axes.margins(0.1)
         axes.grid(True, which="both", color="#e6e6e6", linewidth=0.6)
         axes.legend(frameon=False)
         for name in ("cost.png", "cost.svg"):
