@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -80,16 +80,16 @@ class Normalize(Pass):
         args = fx.node.map_arg(node.args, values.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
         leaves = pytree.tree_leaves((args, kwargs))
-        if any(leaf is _MISSING for leaf in leaves):
-            return _MISSING  # reported where it began
-        if not any(isinstance(leaf, fx.Node) for leaf in leaves):
+        is_missing = any(leaf is _MISSING for leaf in leaves)
+        if not is_missing and not any(isinstance(leaf, fx.Node) for leaf in leaves):
             with torch.no_grad():
                 return pytree.tree_map(_as_float32, node.target(*args, **kwargs))  # type: ignore[operator]
         if node.target is operator.getitem:
-            return args[0][args[1]]  # type: ignore[index]
+            return _MISSING if is_missing else _result(node, args[0], args[1], faults)
         rule = LOWERINGS.get(node.target)
         if rule is None:
             faults.append((node, "no lowering is registered for it"))
+        if rule is None or is_missing:  # what a rule says of its arguments is not known yet
             return _MISSING
         builder = Builder(module, end, node, self.name)
         try:
@@ -97,6 +97,14 @@ class Normalize(Pass):
         except Unsupported as reason:
             faults.append((node, str(reason)))
             return _MISSING
+
+
+def _result(node: fx.Node, values: Any, number: Any, faults: list[tuple[fx.Node, str]]) -> Any:
+    """Take one of several results, unless its rule makes none of that number."""
+    if number < len(values):
+        return values[number]
+    faults.append((cast(fx.Node, node.args[0]), f"its result {number} cannot be computed"))
+    return _MISSING
 
 
 def _as_float32(value: Any) -> Any:

@@ -44,7 +44,7 @@ def test_a_causal_mask_becomes_the_live_entries_of_a_softmax() -> None:
 
 def test_refuses_all_unsupported_operators_at_once() -> None:
     def function(x: Tensor) -> Tensor:
-        return torch.sort(x, -1).values + torch.cumsum(x, -1)
+        return torch.median(torch.sort(x, -1).values, -1).values
 
     program = program_from(function, SAMPLES)
     with pytest.raises(UnsupportedOpError) as error:
@@ -53,7 +53,7 @@ def test_refuses_all_unsupported_operators_at_once() -> None:
     assert text.startswith(
         "region: 2 operator(s) cannot run on encrypted data.\n  aten.sort.default"
     )
-    assert "aten.cumsum.default" in text
+    assert "aten.median.dim" in text
     assert "programs.py:" in text
     assert text.endswith(
         "Encrypt a submodule without them, or register a lowering for each: "
@@ -62,15 +62,15 @@ def test_refuses_all_unsupported_operators_at_once() -> None:
 
 
 def test_a_registered_lowering_is_used() -> None:
-    op = torch.ops.aten.asinh.default
+    op = torch.ops.aten.i0.default
 
     @fhe_fx.register_lowering(op)
-    def asinh(b: object, x: object) -> object:
+    def i0(b: object, x: object) -> object:
         return b.apply(x, op)  # type: ignore[attr-defined]
 
     try:
-        program = program_from(lambda x: torch.asinh(x), SAMPLES)
+        program = program_from(lambda x: torch.i0(x), SAMPLES)
         Normalize().run(program)
-        assert "map[asinh](%0)" in statements(program)
+        assert "map[i0](%0)" in statements(program)
     finally:
         del LOWERINGS[op]

@@ -129,8 +129,16 @@ def _comparison(op: Any) -> Lowering:
     return rule
 
 
+def _tensor_comparison(op: Any) -> Lowering:
+    def rule(b: Builder, x: Value, y: Value) -> fx.Node:
+        return _comparison(op)(b, sub(b, x, y), 0.0)  # type: ignore[no-any-return]
+
+    return rule
+
+
 for _op in COMPARISONS:
     LOWERINGS[_op] = _comparison(_op)
+    LOWERINGS[_op.overloadpacket.Tensor] = _tensor_comparison(_op)
 
 
 @register_lowering(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -177,6 +185,25 @@ UNARY = (
     aten.atan.default,
     aten.selu.default,
     aten.celu.default,
+    aten.sign.default,
+    aten.floor.default,
+    aten.ceil.default,
+    aten.round.default,
+    aten.trunc.default,
+    aten.tan.default,
+    aten.asin.default,
+    aten.acos.default,
+    aten.sinh.default,
+    aten.cosh.default,
+    aten.asinh.default,
+    aten.acosh.default,
+    aten.atanh.default,
+    aten.log10.default,
+    aten.erfc.default,
+    aten.remainder.Scalar,
+    aten.div.Scalar_mode,
+    aten.clamp.Tensor,
+    aten.hardshrink.default,
 )
 """Functions of one tensor whose other arguments are numbers: one table each."""
 
@@ -190,6 +217,76 @@ def _unary(op: Any) -> Lowering:
 
 for _op in UNARY:
     LOWERINGS[_op] = _unary(_op)
+
+
+# Maxima -------------------------------------------------------------------------------------
+
+
+@register_lowering(aten.maximum.default)
+def maximum(b: Builder, x: Value, y: Value) -> fx.Node:
+    """Add what y exceeds x by, if it does: one look-up an element."""
+    if not is_encrypted(x):
+        x, y = y, x
+    return add(b, b.apply(sub(b, y, x), aten.relu.default), x)
+
+
+@register_lowering(aten.minimum.default)
+def minimum(b: Builder, x: Value, y: Value) -> fx.Node:
+    """Subtract what x exceeds y by, if it does: one look-up an element."""
+    if not is_encrypted(x):
+        x, y = y, x
+    return sub(b, x, b.apply(sub(b, x, y), aten.relu.default))
+
+
+@register_lowering(aten.amax.default)
+def greatest(b: Builder, x: fx.Node, dims: Sequence[int] = (), keepdim: bool = False) -> fx.Node:
+    """Keep the greater of each pair until one is left: n - 1 look-ups for n elements."""
+    return _tournament(b, x, dims, keepdim, maximum)
+
+
+@register_lowering(aten.amin.default)
+def least(b: Builder, x: fx.Node, dims: Sequence[int] = (), keepdim: bool = False) -> fx.Node:
+    """Keep the smaller of each pair until one is left: n - 1 look-ups for n elements."""
+    return _tournament(b, x, dims, keepdim, minimum)
+
+
+def _tournament(
+    b: Builder, x: fx.Node, dims: Sequence[int], keepdim: bool, better: Lowering
+) -> fx.Node:
+    rank = len(shape_of(x))
+    over = sorted({dim % rank for dim in dims or range(rank)})
+    for dim in over:
+        while (n := shape_of(x)[dim]) > 1:
+            first = b.index_select(x, dim, torch.arange(n // 2))
+            second = b.index_select(x, dim, torch.arange(n // 2, n // 2 * 2))
+            rest = [b.index_select(x, dim, torch.tensor([n - 1]))] if n % 2 else []
+            x = b.cat([better(b, first, second), *rest], dim)
+    shape = shape_of(x)
+    return x if keepdim else b.view(x, [n for i, n in enumerate(shape) if i not in over])
+
+
+@register_lowering(aten.max.dim)
+def max_dim(b: Builder, x: fx.Node, dim: int, keepdim: bool = False) -> tuple[fx.Node]:
+    """Keep the greatest; where it stood is not known."""
+    return (greatest(b, x, [dim], keepdim),)
+
+
+@register_lowering(aten.min.dim)
+def min_dim(b: Builder, x: fx.Node, dim: int, keepdim: bool = False) -> tuple[fx.Node]:
+    """Keep the least; where it stood is not known."""
+    return (least(b, x, [dim], keepdim),)
+
+
+@register_lowering(aten.max.default)
+def max_all(b: Builder, x: fx.Node) -> fx.Node:
+    """Keep the greatest."""
+    return greatest(b, x)
+
+
+@register_lowering(aten.min.default)
+def min_all(b: Builder, x: fx.Node) -> fx.Node:
+    """Keep the least."""
+    return least(b, x)
 
 
 # Reductions ---------------------------------------------------------------------------------
@@ -210,6 +307,41 @@ def mean(
     """Average."""
     total = sum_(b, x, dims, keepdim)
     return b.scale(total, math.prod(shape_of(total)) / math.prod(shape_of(x)))
+
+
+@register_lowering(aten.cumsum.default)
+def cumsum(b: Builder, x: fx.Node, dim: int, **_: Any) -> fx.Node:
+    """Multiply by a triangle of ones."""
+    last = len(shape_of(x)) - 1
+    turned = b.transpose(x, dim % (last + 1), last)
+    n, flat = shape_of(turned)[-1], b.view(turned, (-1, shape_of(turned)[-1]))
+    summed = b.view(b.linear(flat, torch.ones(n, n).triu()), shape_of(turned))
+    return b.transpose(summed, dim % (last + 1), last)
+
+
+@register_lowering(aten.prod.dim_int, aten.prod.default)
+def prod(b: Builder, x: fx.Node, dim: int | None = None, keepdim: bool = False) -> fx.Node:
+    """Multiply pairs until one is left."""
+    return _tournament(b, x, () if dim is None else [dim], keepdim, mul)
+
+
+@register_lowering(aten.linalg_vector_norm.default)
+def vector_norm(
+    b: Builder,
+    x: fx.Node,
+    order: float = 2,
+    dims: Sequence[int] | None = None,
+    keepdim: bool = False,
+    **_: Any,
+) -> fx.Node:
+    """Add the powers of the sizes, and take the root of the sum."""
+    if order in {math.inf, 0, -math.inf}:
+        raise Unsupported(f"a norm of order {order} is no sum of powers")
+    if order == 1:
+        return sum_(b, b.apply(x, aten.abs.default), dims, keepdim)
+    powers = x if order == 2 else b.apply(x, aten.abs.default)
+    total = sum_(b, b.apply(powers, aten.pow.Tensor_Scalar, order), dims, keepdim)
+    return b.apply(total, aten.pow.Tensor_Scalar, 1 / order)
 
 
 @register_lowering(aten.var.correction)

@@ -12,6 +12,8 @@ from torch import Tensor, fx
 from fhe_fx.ir.build import Builder
 from fhe_fx.ir.ops import ENTER, LEAVE
 from fhe_fx.passes.lowerings.registry import (
+    LOWERINGS,
+    Lowering,
     Unsupported,
     Value,
     aten,
@@ -205,3 +207,101 @@ def stack(b: Builder, parts: Sequence[Value], dim: int = 0) -> fx.Node:
         [unsqueeze(b, p, dim) if isinstance(p, fx.Node) else p.unsqueeze(dim) for p in parts],
         dim,
     )
+
+
+# Any rearrangement by constants: the operator itself moves the numbers of the elements ------
+
+
+def _rearrangement(op: Any) -> Lowering:
+    def rule(b: Builder, x: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
+        if any(is_encrypted(a) for a in (*args, *kwargs.values())):
+            raise Unsupported("what it is moved by is encrypted")
+        return _taken(b, b.view(x, [-1]), op(_numbers(x), *args, **kwargs))
+
+    return rule
+
+
+def _numbers(x: Value, first: int = 0) -> Tensor:
+    return torch.arange(first, first + math.prod(shape_of(x))).view(shape_of(x))
+
+
+def _taken(b: Builder, flat: fx.Node, numbers: Tensor) -> fx.Node:
+    return b.view(b.index_select(flat, 0, numbers.flatten()), numbers.shape)
+
+
+for _op in (
+    aten.unfold.default,
+    aten.diagonal.default,
+    aten.gather.default,
+    aten.reflection_pad1d.default,
+    aten.reflection_pad2d.default,
+    aten.replication_pad1d.default,
+    aten.replication_pad2d.default,
+):
+    LOWERINGS[_op] = _rearrangement(_op)
+
+
+def _both(b: Builder, x: Value, y: Value) -> fx.Node:
+    """Return the elements of x, then those of y, of which one may be clear."""
+    flat = [
+        b.view(part, [-1]) if isinstance(part, fx.Node) else torch.as_tensor(part).reshape(-1)
+        for part in (x, y)
+    ]
+    return cat(b, flat)
+
+
+def _overwriting(op: Any) -> Lowering:
+    def rule(b: Builder, x: Value, y: Value, *args: Any, **kwargs: Any) -> fx.Node:
+        numbers = op(_numbers(x), _numbers(y, math.prod(shape_of(x))), *args, **kwargs)
+        return _taken(b, _both(b, x, y), numbers)
+
+    return rule
+
+
+for _op in (aten.slice_scatter.default, aten.select_scatter.default):
+    LOWERINGS[_op] = _overwriting(_op)
+
+
+@register_lowering(aten.index_put.default)
+def index_put(
+    b: Builder, x: Value, indices: Sequence[Tensor | None], y: Value, accumulate: bool = False
+) -> fx.Node:
+    """Overwrite elements at constant places."""
+    if accumulate or any(is_encrypted(i) for i in indices):
+        raise Unsupported("it accumulates" if accumulate else "the index is encrypted")
+    written = _numbers(y, math.prod(shape_of(x)))
+    numbers = aten.index_put(_numbers(x), list(indices), written)
+    return _taken(b, _both(b, x, y), numbers)
+
+
+@register_lowering(aten.constant_pad_nd.default)
+def constant_pad(b: Builder, x: fx.Node, pad: Sequence[int], value: float = 0.0) -> fx.Node:
+    """Surround by a constant."""
+    if not any(pad):
+        return x
+    numbers = aten.constant_pad_nd(_numbers(x), list(pad), math.prod(shape_of(x)))
+    if max(pad) <= 0:
+        return _taken(b, b.view(x, [-1]), numbers)
+    return _taken(b, _both(b, x, torch.tensor([float(value)])), numbers)
+
+
+# New tensors of the shape of an encrypted one -----------------------------------------------
+
+
+def _filled(op: Any) -> Lowering:
+    def rule(b: Builder, x: fx.Node, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs = {k: v for k, v in kwargs.items() if k not in {"device", "layout", "pin_memory"}}
+        return op(torch.empty(shape_of(x)), *args, **kwargs)  # type: ignore[no-any-return]
+
+    return rule
+
+
+for _op in (
+    aten.full_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+):
+    LOWERINGS[_op] = _filled(_op)

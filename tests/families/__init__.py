@@ -1,0 +1,1 @@
+"""Parts of many models, lowered stage by stage."""
