@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch.nn.functional as F  # noqa: N812 -- PyTorch's own habit
@@ -21,7 +23,7 @@ from tests.programs import (
 )
 
 QUICK = settings(
-    max_examples=50,
+    max_examples=int(os.environ.get("FHE_FX_EXAMPLES", "25")),
     deadline=None,
     derandomize=True,
     database=None,
