@@ -1073,7 +1073,9 @@ def _graph_of(encrypted: Any, found: Inspection) -> str:
     errors = {n.node: n.relative_error for n in region.nodes if isfinite(n.relative_error)}
     outside = {n.node: 100 * n.outside_share for n in region.nodes}
     measures = [Measure("relative error", errors), Measure("out of range", outside, " %")]
-    return to_page([snapshot(module.region.program)], title=region.name, measures=measures)
+    last = {"pass": list(module.region.pipeline)[-1].text()}
+    shot = {**last, **snapshot(module.region.program)}
+    return to_page([shot], title=region.name, measures=measures)
 
 
 @app.command()
