@@ -1028,10 +1028,11 @@ def inspect(
     import fhe_fx
     from fhe_fx.errors import did_you_mean
     from fhe_fx.evaluate.texts import read_texts, sample_texts
+    from fhe_fx.inspection.inspect import MODES
 
-    if mode not in (modes := ["clear", "simulate"]):
+    if mode not in MODES:
         raise OptionsError(
-            f"--mode {mode!r} is not one of {', '.join(modes)}.{did_you_mean(mode, modes)}"
+            f"--mode {mode!r} is not one of {', '.join(MODES)}.{did_you_mean(mode, MODES)}"
         )
     for option, place in (("html", html), ("graph", graph)):
         if place is not None and not place.parent.is_dir():

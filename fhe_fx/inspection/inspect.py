@@ -27,11 +27,12 @@ from fhe_fx.runtime.ranges import RangeWatch, clips, range_warnings, wraps
 from fhe_fx.runtime.region import Region
 from fhe_fx.runtime.standin import StandIn, stand_ins
 
-__all__ = ["THRESHOLD", "inspect"]
+__all__ = ["MODES", "THRESHOLD", "inspect"]
 
 THRESHOLD = 0.1
 """Relative error from which a node is pointed out, unless another is given."""
 MODES = ["clear", "simulate"]
+"""How the integers are run."""
 MAX_SAMPLES = 64
 """Inputs that are compared; more are thinned out evenly."""
 

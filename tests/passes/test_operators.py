@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- PyTorch's own habit
 from torch import Tensor, nn
 
+from fhe_fx.errors import UnsupportedOpError
+from fhe_fx.passes.base import Pipeline
+from fhe_fx.passes.fuse_maps import FuseMaps
+from fhe_fx.passes.normalize import Normalize
 from tests.programs import (
     lower_with_prediction,
     program_from,
@@ -268,3 +272,49 @@ def test_operator(case: Case) -> None:
         assert a.shape == b.shape
         # Rounded weights and results, and what wraps, may at most double what roundings alone do.
         assert relative_error(a, b) < min(2 * error, 0.1)
+
+
+ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sign": torch.sign,
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "round": torch.round,
+    "trunc": torch.trunc,
+    "tan": torch.tan,
+    "asin": torch.asin,
+    "acos": torch.acos,
+    "sinh": torch.sinh,
+    "cosh": torch.cosh,
+    "asinh": torch.asinh,
+    "acosh": lambda x: torch.acosh(2 + x),
+    "atanh": lambda x: torch.atanh(0.9 * x),
+    "log10": lambda x: torch.log10(2 + x),
+    "erfc": torch.erfc,
+    "remainder": lambda x: torch.remainder(x, 0.3),
+    "div_floor": lambda x: torch.div(x, 0.3, rounding_mode="floor"),
+    "div_trunc": lambda x: torch.div(x, V, rounding_mode="trunc"),
+    "clamp_tensor": lambda x: torch.clamp(x, V - 2.5, V - 2),
+    "hardshrink": F.hardshrink,
+    "gt": lambda x: (x > V - 2).float(),
+    "ge": lambda x: (x >= V - 2).float(),
+    "lt": lambda x: (x > V - 2).float(),
+    "le": lambda x: (x <= x.flip(0)).float(),
+    "eq": lambda x: (x == x.flip(1)).float(),
+    "ne": lambda x: (x != x.flip(1)).float(),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_an_elementwise_operator_is_lowered_as_it_is(name: str) -> None:
+    """In float; steps meet no bound of relative error where rounding decides on which side."""
+    x = torch.linspace(-0.9, 0.9, 24).view(4, 6)
+    program = program_from(ELEMENTWISE[name], [(x,)])
+    Pipeline((Normalize(), FuseMaps())).run(program)
+    torch.testing.assert_close(program(x)[0], ELEMENTWISE[name](x))
+
+
+def test_a_clamp_between_encrypted_bounds_is_refused_with_its_reason() -> None:
+    x = torch.linspace(-0.9, 0.9, 24).view(4, 6)
+    program = program_from(lambda x, low: torch.clamp(x, low), [(x, x - 1)])
+    with pytest.raises(UnsupportedOpError, match=r"aten\.clamp\.Tensor .*its bounds are encrypted"):
+        Normalize().run(program)

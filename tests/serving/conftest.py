@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,18 @@ class Server:
 
 
 Start = Callable[..., Server]
+
+
+@contextmanager
+def halted(server: Server) -> Iterator[int]:
+    """Stop the worker in its tracks, so that a run stays where it is."""
+    (worker,) = server.workers()
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        yield worker
+    finally:
+        if Path(f"/proc/{worker}").exists():
+            os.kill(worker, signal.SIGCONT)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from fhe_fx.serving import client as client_module
 from fhe_fx.serving.keys import StoredKeys, keygen
 from tests.export.conftest import make_inputs, make_net, make_region
 from tests.models import FEW, tiny_gpt2
-from tests.serving.conftest import ROOT, Server, Start
+from tests.serving.conftest import ROOT, Server, Start, halted
 
 pytestmark = pytest.mark.fhe
 
@@ -52,6 +52,30 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
+def _client(
+    server: Server, who: str, exported: Path, keys: StoredKeys, samples: list[torch.Tensor]
+) -> subprocess.Popen[str]:
+    """Start a client process that runs the samples one after the other."""
+    arguments = [server.url, exported / "client", keys.secret.parent, server.tokens[who]]
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", CLIENT, *map(str, arguments)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write(json.dumps([s.tolist() for s in samples]))
+    process.stdin.close()
+    return process
+
+
+def _answers(process: subprocess.Popen[str]) -> torch.Tensor:
+    assert process.stdout is not None
+    results = torch.tensor(json.loads(process.stdout.read()))
+    process.stdout.close()
+    assert process.wait(60) == 0
+    return results
+
+
 def test_two_tenants_at_once(
     server: Server, exported: Path, served_region: Region, alice: StoredKeys, bob: StoredKeys
 ) -> None:
@@ -59,21 +83,9 @@ def test_two_tenants_at_once(
     samples = [served_region.captured.samples[k][0] for k in (0, 5, 9)]
     processes = []
     for who, keys in (("alice", alice), ("bob", bob)):
-        arguments = [server.url, exported / "client", keys.secret.parent, server.tokens[who]]
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", CLIENT, *map(str, arguments)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert process.stdin is not None
-        process.stdin.write(json.dumps([s.tolist() for s in samples]))
-        process.stdin.close()
-        processes.append(process)
+        processes.append(_client(server, who, exported, keys, samples))
     for process in processes:
-        assert process.stdout is not None
-        results = torch.tensor(json.loads(process.stdout.read()))
-        process.stdout.close()
-        assert process.wait(60) == 0
+        results = _answers(process)
         for sample, result in zip(samples, results, strict=True):
             clear = served_region.run_circuit([sample], "clear")[0]
             assert distance(result, clear) < 0.5  # noise, as of local execution
@@ -168,6 +180,26 @@ def test_a_client_outlives_the_server_that_it_asked(
     assert distance(found[0], served_region.run_circuit(sample, "clear")[0]) < 0.5
 
 
+def test_a_client_that_is_killed_can_ask_again(
+    start: Start, exported: Path, served_region: Region, alice: StoredKeys
+) -> None:
+    """Kill -9 while its run is in work: what is stored is whole, and serves the next."""
+    server = start()
+    samples = [served_region.captured.samples[4][0]]
+    with server.http() as http, halted(server):
+        first = _client(server, "alice", exported, alice, samples)
+        while "fhe_fx_runs_active 1.0" not in http.get("/metrics").text:
+            assert first.poll() is None
+        first.kill()
+        first.wait(60)
+        assert first.stdout is not None
+        first.stdout.close()
+    (result,) = _answers(_client(server, "alice", exported, alice, samples))
+    clear = served_region.run_circuit(samples, "clear")[0]
+    assert distance(result, clear) < 0.5  # noise, as of local execution
+    assert [p.name for p in (server.store / "keys" / "alice").iterdir()] == [alice.id]
+
+
 def test_another_export_is_one_clear_error(server: Server, tmp_path: Path) -> None:
     export_region(make_region(n_bits=3), tmp_path / "out", validate=False)
     with pytest.raises(RemoteError) as caught:
@@ -242,14 +274,9 @@ def test_a_run_that_is_late_is_cancelled(server: Server, exported: Path, alice: 
     connection = fhe_fx.connect(
         server.url, client=exported / "client", token=server.tokens["alice"], timeout=1.5
     )
-    (worker,) = server.workers()
-    os.kill(worker, signal.SIGSTOP)
-    try:
-        with pytest.raises(RemoteError, match=r"no result within 1\.5 s; the run is cancelled"):
-            connection.circuits[0].execute([np.zeros((1, 6), np.int64)])
-    finally:
-        if Path(f"/proc/{worker}").exists():
-            os.kill(worker, signal.SIGCONT)
+    late = r"no result within 1\.5 s; the run is cancelled"
+    with halted(server), pytest.raises(RemoteError, match=late):
+        connection.circuits[0].execute([np.zeros((1, 6), np.int64)])
     connection.close()
     with server.http() as http:
         assert "fhe_fx_runs_active 0.0" in http.get("/metrics").text

@@ -9,8 +9,6 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from fhe_fx.serving.server import ServeOptions, serve
 from fhe_fx.serving.store import DirectoryKeyStore
 from fhe_fx.serving.tokens import Tokens
 from fhe_fx.serving.wire import ResultEncoding, pack_inputs, unpack_results
-from tests.serving.conftest import Server, Start, error_of
+from tests.serving.conftest import Server, Start, error_of, halted
 
 pytestmark = pytest.mark.fhe
 
@@ -83,18 +81,6 @@ def is_alive(process: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except OSError:
         return False
-
-
-@contextmanager
-def halted(server: Server) -> Iterator[int]:
-    """Stop the worker in its tracks, so that a run stays where it is."""
-    (worker,) = server.workers()
-    os.kill(worker, signal.SIGSTOP)
-    try:
-        yield worker
-    finally:
-        if Path(f"/proc/{worker}").exists():
-            os.kill(worker, signal.SIGCONT)
 
 
 # Entering -------------------------------------------------------------------------------------

@@ -77,6 +77,16 @@ def div(b: Builder, x: Value, y: Value) -> fx.Node:
     return mul(b, x, b.apply(y, aten.reciprocal.default))
 
 
+@register_lowering(aten.div.Tensor_mode, aten.div.Scalar_mode)
+def div_rounded(b: Builder, x: Value, y: Value, *, rounding_mode: str | None = None) -> fx.Node:
+    """Divide, then round down or towards zero."""
+    quotient = div(b, x, y)
+    if rounding_mode is None:
+        return quotient
+    op = aten.floor.default if rounding_mode == "floor" else aten.trunc.default
+    return b.apply(quotient, op)
+
+
 @register_lowering(aten.pow.Tensor_Scalar)
 def pow_(b: Builder, x: fx.Node, exponent: float) -> fx.Node:
     """Raise to a constant power."""
@@ -201,8 +211,6 @@ UNARY = (
     aten.log10.default,
     aten.erfc.default,
     aten.remainder.Scalar,
-    aten.div.Scalar_mode,
-    aten.clamp.Tensor,
     aten.hardshrink.default,
 )
 """Functions of one tensor whose other arguments are numbers: one table each."""
@@ -236,6 +244,18 @@ def minimum(b: Builder, x: Value, y: Value) -> fx.Node:
     if not is_encrypted(x):
         x, y = y, x
     return sub(b, x, b.apply(sub(b, x, y), aten.relu.default))
+
+
+@register_lowering(aten.clamp.Tensor)
+def clamp_between(
+    b: Builder, x: Value, low: Value | None = None, high: Value | None = None
+) -> fx.Node:
+    """Keep each element between two constant numbers of its own."""
+    if not is_encrypted(x) or is_encrypted(low) or is_encrypted(high):
+        raise Unsupported("its bounds are encrypted; torch.maximum and torch.minimum take such")
+    for bound in (low, high):
+        x = x if bound is None else fit(b, x, bound)
+    return b.apply(x, aten.clamp.Tensor, low, high)
 
 
 @register_lowering(aten.amax.default)

@@ -1,1 +1,0 @@
-"""Parts of many models, lowered stage by stage."""
