@@ -5,8 +5,9 @@
     python examples/gpt2/demo.py --model gpt2 --heads 0     # the real one, where its weights are
 
 Each prompt is continued by the float model, and with the attention at two precisions: enough bits,
-and too few. Then the first token (or more, --execute) comes out of an attention that runs on
-ciphertexts. The attention has circuits of several lengths; each token takes the shortest that fits.
+and too few. Then the first token (or more, --execute) of one prompt comes out of an attention that
+runs on ciphertexts: of the shortest prompts, the one whose next token leads by most. The attention
+has circuits of several lengths; each token takes the shortest that fits.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -67,7 +69,8 @@ def main() -> None:
             print(f"  {n_bits} bits  {tokenizer.decode(found)!r}{_agreement(found, expected)}")
 
     print()
-    _execute(encrypted[choices.n_bits], model, prompts[0], choices.execute, tokenizer)
+    decided = max((p for p in prompts if len(p) == shortest), key=lambda ids: _lead(model, ids))
+    _execute(encrypted[choices.n_bits], model, decided, choices.execute, tokenizer)
 
 
 def _execute(encrypted: Any, model: Any, ids: list[int], n_new: int, tokenizer: Any) -> None:
@@ -84,6 +87,13 @@ def _execute(encrypted: Any, model: Any, ids: list[int], n_new: int, tokenizer: 
         print(f"  {tokenizer.decode(ids)!r} -> {tokenizer.decode([token.id])!r}   ({took})")
         ids = [*ids, token.id]
     print(f"encrypted{_agreement(found, expected)}")
+
+
+def _lead(model: Any, ids: list[int]) -> float:
+    """Return by how much the next token leads: where two are nearly even, noise decides."""
+    with torch.no_grad():
+        first, second = model(torch.tensor([ids])).logits[0, -1].topk(2).values.tolist()
+    return float(first - second)
 
 
 def _write(model: Any, ids: list[int], n_new: int) -> list[int]:
