@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that the test files are dealt to; each may take 4 GB.
+TEST_WORKERS ?= 2
 
 .PHONY: venv demo test lint bench stress docs site clean
 
@@ -24,7 +26,7 @@ demo: venv
 	$(BIN)/python examples/gpt2/demo.py
 
 test: venv
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile
 
 lint: venv
 	$(BIN)/ruff format --check .

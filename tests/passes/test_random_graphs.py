@@ -23,7 +23,7 @@ from tests.programs import (
 )
 
 QUICK = settings(
-    max_examples=int(os.environ.get("FHE_FX_EXAMPLES", "25")),
+    max_examples=int(os.environ.get("FHE_FX_EXAMPLES", "50")),
     deadline=None,
     derandomize=True,
     database=None,
