@@ -1,35 +1,74 @@
 """Asks Concrete's optimizer what a look-up costs, by the bits that it reads and by `p_error`.
 
-    python benchmarks/lookup_cost.py     # prints the table of docs/cost.md, in about a minute
+    python benchmarks/lookup_cost.py            # prints the table of docs/cost.md
+    python benchmarks/lookup_cost.py --write    # besides, writes the one that the compiler uses
 
-Each circuit is a look-up of inputs, sums of sixteen of its answers, and a look-up of the sums,
-both behind approximate roundings of six bits, as the passes emit them. Its complexity divided by
-its look-ups is the cost of one. Only parameters are searched, so that the figures are the same on
-every machine for one version of Concrete.
+Each circuit is a look-up of inputs, sums of 32 of its answers, and a look-up of the sums, both
+behind approximate roundings of six bits, as the passes emit them. Its complexity divided by its
+look-ups is the cost of one. Only parameters are searched, so that the figures are the same on every
+machine for one version of Concrete; that takes a few minutes.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from concrete import fhe  # noqa: TID251 -- it is Concrete's optimizer that is measured
 
+from fhe_fx.quant import lookup_cost
 from fhe_fx.report.machine import installed_version
 
-BITS = (4, 5, 6, 7, 8)
-P_ERRORS = (0.4, 0.2, 0.1, 0.01, 1e-4)
-REMOVED_BITS, SUMS, TERMS = 6, 4, 16
+BITS = range(2, 11)
+P_ERRORS = (
+    1e-4, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9
+)  # fmt: skip
+SHOWN_BITS = (4, 5, 6, 7, 8, 9)
+SHOWN = (0.8, 0.6, 0.4, 0.2, 0.1, 0.01, 1e-4)
+REMOVED_BITS, SUMS, TERMS = 6, 4, 32
 
 
 def main() -> None:
     """Print the table."""
-    print(f"concrete-python {installed_version('concrete-python')}, complexity of one look-up\n")
-    print("| bits read |", " | ".join(f"p_error {p:g}" for p in P_ERRORS), "|")
-    print("|---|" + "---|" * len(P_ERRORS))
-    for bits in BITS:
-        costs = (cost(bits, p_error) for p_error in P_ERRORS)
-        print(f"| {bits} |", " | ".join(f"{c:.1e}".replace("e+0", "e") for c in costs), "|")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"write {lookup_cost.TABLE.name}")
+    is_writing = parser.parse_args().write
+    costs = {
+        bits: {p: cost(bits, p) for p in (P_ERRORS if is_writing else SHOWN)}
+        for bits in (BITS if is_writing else SHOWN_BITS)
+    }
+    version = f"concrete-python {installed_version('concrete-python')}"
+    print(f"{version}, complexity of one look-up\n")
+    print("| bits read |", " | ".join(f"p_error {p:g}" for p in SHOWN), "|")
+    print("|---|" + "---|" * len(SHOWN))
+    for bits in SHOWN_BITS:
+        row = (f"{costs[bits][p]:.1e}".replace("e+0", "e") for p in SHOWN)
+        print(f"| {bits} |", " | ".join(row), "|")
+    if is_writing:
+        write(lookup_cost.TABLE, version, costs)
+
+
+def write(path: Path, version: str, costs: dict[int, dict[float, float]]) -> None:
+    """Write the table; a row for each number of bits."""
+    rows = {
+        str(bits): [float(f"{c:.4g}") for c in monotone(list(row.values()))]
+        for bits, row in costs.items()
+    }
+    p_errors = list(next(iter(costs.values())))
+    lines = ",\n".join(f'    "{bits}": {json.dumps(row)}' for bits, row in rows.items())
+    text = (
+        f'{{\n  "measured_on": {json.dumps(version)},\n  "p_errors": {json.dumps(p_errors)},\n'
+        f'  "complexity_by_bits": {{\n{lines}\n  }}\n}}\n'
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def monotone(row: list[float]) -> list[float]:
+    """Make a row fall with `p_error`: parameters for a smaller one serve a larger one too."""
+    return [min(row[: i + 1]) for i in range(len(row))]
 
 
 def cost(bits: int, p_error: float) -> float:

@@ -72,6 +72,8 @@ def encrypt_submodule(
     input_bits: int | None = None,
     weight_bits: int | None = None,
     p_error: float | None = None,
+    max_error: float | None = None,
+    max_cost: float | None = None,
     passes: Pipeline | None = None,
     options: Options | None = None,
     dump_dir: str | Path | None = None,
@@ -95,7 +97,10 @@ def encrypt_submodule(
             input that is long enough.
         input_bits: precision of the client's encrypted input.
         weight_bits: least precision of a clear weight.
-        p_error: probability that one look-up reads a neighbouring entry.
+        p_error: probability that one look-up reads a neighbouring entry; by default it is chosen
+            with the widths of look-ups, for the least cost at the precision that n_bits asks for.
+        max_error: error that look-ups may make instead, in parts of the results' deviation.
+        max_cost: complexity that a circuit may have; then the least error is made that it allows.
         passes: a pipeline in place of `fhe_fx.passes.default_pipeline()`.
         options: all other choices; the keywords above win over it.
         dump_dir: where a directory for each target is written with its print after every pass that
@@ -112,12 +117,15 @@ def encrypt_submodule(
         CaptureError: if the model cannot be captured, or the target is not one region.
         UnsupportedOpError: lists all operators of the target that cannot run encrypted.
         BitWidthError: if an accumulator cannot be held.
+        PassError: if max_error or max_cost cannot be kept to; says what can.
     """
     given = {
         "n_bits": None if isinstance(n_bits, _Default) else n_bits,
         "input_bits": input_bits,
         "weight_bits": weight_bits,
         "p_error": p_error,
+        "max_error": max_error,
+        "max_cost": max_cost,
     }
     known = {k: v for k, v in given.items() if v is not None}
     options = dataclasses.replace(options or Options(), **known)  # type: ignore[arg-type]

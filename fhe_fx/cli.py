@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from enum import Enum
@@ -195,6 +195,17 @@ Calibration = Annotated[
 PError = Annotated[
     float | None, typer.Option(help="Probability that a look-up reads the neighbouring entry.")
 ]
+MaxError = Annotated[
+    float | None,
+    typer.Option(help="Error that look-ups may make, in parts of the results' deviation."),
+]
+MaxCost = Annotated[
+    float | None, typer.Option(help="Complexity that a circuit may have; then the least error.")
+]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option("--rule", help="Bits of some look-ups: PATTERN=BITS, as exp=8. May be repeated."),
+]
 PassphraseFile = Annotated[
     Path | None, typer.Option(help="Its text encrypts the secret keys, or decrypts them.")
 ]
@@ -261,7 +272,7 @@ def _lowered(
     lengths: tuple[int, ...] | None,
     heads: str | None,
     calibration: Path | None,
-    p_error: float | None,
+    budget: Mapping[str, Any],
     seed: int,
     passes: str | None = None,
     *,
@@ -279,7 +290,7 @@ def _lowered(
         raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
     chosen, pipeline = _head_numbers(heads), _pipeline(passes)
     pipeline.check()
-    options = _options(n_bits, seed, p_error)
+    options = _options(n_bits, seed, budget)
     named = load_model(model, seed)
     samples = load_calibration(calibration, named) if calibration is not None else None
     if named.exported is not None:
@@ -366,6 +377,9 @@ def export(
     heads: Heads = None,
     calibration: Calibration = None,
     p_error: PError = None,
+    max_error: MaxError = None,
+    max_cost: MaxCost = None,
+    rule: Rules = None,
     seed: Seed = 0,
     evaluation: Annotated[
         Path | None, typer.Option(help="An evaluation.json, whose figures go into the model card.")
@@ -387,6 +401,7 @@ def export(
     from fhe_fx.export import FILES, check_destination, export_region, save
     from fhe_fx.ir.program import Program
 
+    budget = _budget(p_error, max_error, max_cost, rule)
     if out is None and onnx is None:
         raise OptionsError("Give where to write: --out DIR, --onnx DIR, or both.")
     if out is not None:
@@ -397,7 +412,7 @@ def export(
     accuracy = card_figures(evaluation, n_bits) if evaluation else None
     with _progress("loading and lowering the model") as show:
         regions, whole, named = _lowered(
-            model, submodule, n_bits, lengths, heads, calibration, p_error, seed, passes,
+            model, submodule, n_bits, lengths, heads, calibration, budget, seed, passes,
             is_one=circuit_only or onnx is not None,
         )  # fmt: skip
         for cost in _costs(regions, [None] * len(regions)):
@@ -539,6 +554,9 @@ def report(
     heads: Heads = None,
     calibration: Calibration = None,
     p_error: PError = None,
+    max_error: MaxError = None,
+    max_cost: MaxCost = None,
+    rule: Rules = None,
     seed: Seed = 0,
     passes: Passes = None,
     backend: Annotated[
@@ -550,6 +568,7 @@ def report(
     from fhe_fx.export import MANIFEST
     from fhe_fx.report import Report
 
+    budget = _budget(p_error, max_error, max_cost, rule)
     if (Path(model) / MANIFEST).is_file():
         found = Report.from_costs([manifest["cost"] for manifest in _artefacts(Path(model))])
     elif not submodule:
@@ -560,7 +579,7 @@ def report(
         with _progress("loading and lowering the model") as show:
             lengths = _lengths(tokens) if tokens else None
             regions, *_ = _lowered(
-                model, submodule, n_bits, lengths, heads, calibration, p_error, seed, passes
+                model, submodule, n_bits, lengths, heads, calibration, budget, seed, passes
             )
             for cost in _costs(regions, [None] * len(regions)):
                 _say(cost.line())
@@ -759,6 +778,9 @@ def generate(
     ] = "error",
     calibration: Calibration = None,
     p_error: PError = None,
+    max_error: MaxError = None,
+    max_cost: MaxCost = None,
+    rule: Rules = None,
     seed: Annotated[int, typer.Option(help="Of draws, random weights, sampled calibration.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -772,6 +794,7 @@ def generate(
     from fhe_fx.runtime.generate import Sampling, lengths_for, plan_generation, rows_read
     from fhe_fx.runtime.ranges import range_warnings
 
+    budget = _budget(p_error, max_error, max_cost, rule)
     modes = ("clear", "simulate", "execute")
     if mode not in modes:
         raise OptionsError(
@@ -785,7 +808,7 @@ def generate(
         lengths = _lengths(tokens) if tokens else lengths_for(len(ids), max_new_tokens)
         rows_read(len(ids), max_new_tokens, max(lengths), outgrown)
         show("lowering the model")
-        encrypted = _encrypted(named, submodule, n_bits, lengths, heads, calibration, p_error, seed)
+        encrypted = _encrypted(named, submodule, n_bits, lengths, heads, calibration, budget, seed)
         if mode != "clear":
             show("compiling")
             fhe_fx.compile(encrypted)
@@ -851,7 +874,7 @@ def _encrypted(
     lengths: tuple[int, ...],
     heads: str | None,
     calibration: Path | None,
-    p_error: float | None,
+    budget: Mapping[str, Any],
     seed: int,
 ) -> Any:
     import fhe_fx
@@ -866,17 +889,34 @@ def _encrypted(
         max_tokens=lengths,
         heads=_head_numbers(heads),
         calibration=load_calibration(calibration, named) if calibration else None,
-        options=_options(n_bits, seed, p_error),
+        options=_options(n_bits, seed, budget),
         cache=_cache(),
     )
 
 
-def _options(n_bits: int, seed: int, p_error: float | None) -> Any:
+def _budget(
+    p_error: float | None, max_error: float | None, max_cost: float | None, rules: list[str] | None
+) -> dict[str, Any]:
+    """Return the options that say how exact look-ups are."""
+    return {
+        "p_error": p_error,
+        "max_error": max_error,
+        "max_cost": max_cost,
+        "rules": tuple(_rule(text) for text in rules or []),
+    }
+
+
+def _rule(text: str) -> tuple[str, int]:
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not bits.isdecimal():
+        raise OptionsError(f"--rule {text!r} is not a pattern and a width. Try --rule exp=8.")
+    return pattern, int(bits)
+
+
+def _options(n_bits: int, seed: int, budget: Mapping[str, Any]) -> Any:
     from fhe_fx.options import Options
 
-    if p_error is None:
-        return Options(n_bits=n_bits, seed=seed)
-    return Options(n_bits=n_bits, seed=seed, p_error=p_error)
+    return Options(n_bits=n_bits, seed=seed, **budget)
 
 
 def _time_of(complexity: float | None) -> str:
@@ -945,6 +985,9 @@ def evaluate(
     ] = "fake,clear,simulate",
     calibration: Calibration = None,
     p_error: PError = None,
+    max_error: MaxError = None,
+    max_cost: MaxCost = None,
+    rule: Rules = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -961,7 +1004,7 @@ def evaluate(
     bits, stages, chosen = parse_bits(n_bits), parse_modes(modes), _head_numbers(heads)
     if submodule is None:
         raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
-    options = _options(bits[0], seed, p_error)
+    options = _options(bits[0], seed, _budget(p_error, max_error, max_cost, rule))
     with _progress("loading the model") as show:
         named = _language_model(model, seed)
         assert named.module is not None
@@ -1021,6 +1064,9 @@ def inspect(
     ] = None,
     calibration: Calibration = None,
     p_error: PError = None,
+    max_error: MaxError = None,
+    max_cost: MaxCost = None,
+    rule: Rules = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -1030,6 +1076,7 @@ def inspect(
     from fhe_fx.evaluate.texts import read_texts, sample_texts
     from fhe_fx.inspection.inspect import MODES
 
+    budget = _budget(p_error, max_error, max_cost, rule)
     if mode not in MODES:
         raise OptionsError(
             f"--mode {mode!r} is not one of {', '.join(MODES)}.{did_you_mean(mode, MODES)}"
@@ -1047,7 +1094,7 @@ def inspect(
         )
         show("lowering the model")
         encrypted = _encrypted(
-            named, submodule, n_bits, (tokens,), heads, calibration, p_error, seed
+            named, submodule, n_bits, (tokens,), heads, calibration, budget, seed
         )
         inputs = [{"input_ids": row[None]} for row in rows]
         found = fhe_fx.inspect(encrypted, inputs, mode=mode, threshold=threshold, on_progress=show)
@@ -1195,6 +1242,9 @@ def graph(
     heads: Heads = None,
     calibration: Calibration = None,
     p_error: PError = None,
+    max_error: MaxError = None,
+    max_cost: MaxCost = None,
+    rule: Rules = None,
     seed: Seed = 0,
     passes: Passes = None,
 ) -> None:
@@ -1203,6 +1253,7 @@ def graph(
     from fhe_fx.export.manifest import MANIFEST
     from fhe_fx.report.page import LEVELS, read_snapshots, to_page, to_svg
 
+    budget = _budget(p_error, max_error, max_cost, rule)
     if html is None and svg is None:
         raise OptionsError("Give what to write: --html out.html, --svg out.svg, or both.")
     if level not in LEVELS:
@@ -1215,7 +1266,7 @@ def graph(
         with _progress("loading and lowering the model"), _dumping() as dump:
             lengths = (tokens,) if tokens else None
             _lowered(
-                source, [submodule], n_bits, lengths, heads, calibration, p_error, seed, passes,
+                source, [submodule], n_bits, lengths, heads, calibration, budget, seed, passes,
                 is_one=True,
             )  # fmt: skip
             snapshots = read_snapshots(dump)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 
 from fhe_fx.errors import OptionsError
@@ -31,10 +33,20 @@ class Options:
     """Least precision of a clear weight, sign included."""
     result_bits: int = 10
     """Precision of a result that no look-up reads. It is decrypted exactly, and ten bits are the
-    widest that cost nothing beside look-ups of six bits (docs/design.md, "Results")."""
-    p_error: float = 0.1
+    widest that cost nothing beside the look-ups (docs/design.md, "Results")."""
+    p_error: float | None = None
     """Probability that one look-up reads a neighbouring entry of its table. Behind an approximate
-    rounding that is one more unbiased rounding, not a fault."""
+    rounding that is one more unbiased rounding, not a fault. Chosen with the widths of look-ups if
+    it is not given; if it is, every look-up reads `lookup_bits`."""
+    max_error: float | None = None
+    """Error that look-ups may make, root mean square, in parts of the results' deviation. Without
+    it they may err as much as rounding to `lookup_bits` would."""
+    max_cost: float | None = None
+    """Complexity that the look-ups of a circuit may have; the least error at that is taken."""
+    rules: tuple[tuple[str, int], ...] = ()
+    """Input bits of single look-ups: a pattern and a width each. A pattern is a module path, the
+    name of a function, or `path:function`; after `re:`, a regular expression for one of these. An
+    exact pattern wins over expressions, and of those the first."""
     n_samples: int = 64
     """How many calibration inputs are sampled from the model when none are given."""
     seed: int = 0
@@ -58,16 +70,67 @@ class Options:
                 f"(n_bits + {self.lookup_extra_bits}); at most {MAX_LOOKUP_BITS} can be compiled. "
                 f"Try n_bits={MAX_LOOKUP_BITS - self.lookup_extra_bits} or less."
             )
-        is_number = isinstance(self.p_error, (int, float)) and not isinstance(self.p_error, bool)
-        if not (is_number and 0.0 < self.p_error < 1.0):
+        if self.p_error is not None and not (_is_number(self.p_error) and 0 < self.p_error < 1):
             raise OptionsError(
                 f"p_error={self.p_error!r} is not a probability between 0 and 1. Try p_error=0.1."
             )
+        for name, example in (("max_error", 0.1), ("max_cost", 1e11)):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+                raise OptionsError(
+                    f"{name}={value!r} is not a positive number. Try {name}={example:g}."
+                )
+        if self.max_error is not None and self.max_cost is not None:
+            raise OptionsError("Give max_error or max_cost, not both: one is what the other costs.")
+        for rule in self.rules:
+            _check_rule(rule)
 
     @property
     def lookup_bits(self) -> int:
-        """Input width of a look-up, in bits."""
+        """Input width of a look-up, in bits, where widths are not allotted."""
         return self.n_bits + self.lookup_extra_bits
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every look-up that no rule names reads `lookup_bits`."""
+        return self.p_error is not None and self.max_error is None and self.max_cost is None
+
+    @property
+    def chosen_p_error(self) -> float:
+        """The `p_error` that was given or chosen; a usual one before it is chosen."""
+        return 0.1 if self.p_error is None else self.p_error
+
+    def rule_for(self, path: str, function: str) -> int | None:
+        """Return the width that a rule gives to the look-ups of a function in a module.
+
+        Args:
+            path: of the module.
+            function: name of what the look-up computes, as reports print it.
+        """
+        names = (f"{path}:{function}", path, function)
+        exact = [bits for name in names for pattern, bits in self.rules if pattern == name]
+        matching = [
+            bits
+            for pattern, bits in self.rules
+            if pattern.startswith("re:") and any(re.fullmatch(pattern[3:], n) for n in names)
+        ]
+        return next(iter([*exact, *matching]), None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_rule(rule: object) -> None:
+    if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
+        raise OptionsError(f"rules: {rule!r} is not a pattern and a width. Try ('exp', 8).")
+    pattern, bits = rule
+    _between(f"rules: {pattern!r}", bits, 1, MAX_LOOKUP_BITS)
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise OptionsError(f"rules: {pattern!r} is no regular expression: {error}.") from error
 
 
 def _between(name: str, value: object, low: int, high: int) -> None:

@@ -108,7 +108,7 @@ class Simulated(_Integers):
 
     def __init__(self, program: Program, seed: int) -> None:
         super().__init__(program)
-        p_error = program.options.p_error
+        p_error = program.options.chosen_p_error
         self._noise = LookupNoise.of(p_error, seed)
         self._saturating = LookupNoise.of(p_error, seed, saturates=True)
         self._squares = torch.zeros(2, dtype=torch.float64)

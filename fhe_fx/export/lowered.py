@@ -34,7 +34,7 @@ from fhe_fx.passes.base import Pipeline
 __all__ = ["lowered_from_bytes", "lowered_to_bytes", "lowering_key"]
 
 _TEXT = "program.json"
-_WORDS = ("module_path", "source", "function", "made_by")
+_WORDS = ("module_path", "source", "function", "error_share", "made_by")
 """What a node of an integer program says of itself beside its type."""
 _NARROWER = (torch.int8, torch.int16, torch.int32)
 _OWN_OPERATORS = {"aten", "prims", "fhe_fx"}
@@ -64,6 +64,7 @@ def lowered_to_bytes(program: Program) -> bytes:
             "name": program.name,
             "nodes": nodes,
             "notes": [dataclasses.asdict(note) for note in program.notes],
+            "p_error": program.options.p_error,
             "properties": sorted(program.properties),
             "sources": program.sources,
             "widened": [name for name, t in narrowed.items() if t.dtype != tensors[name].dtype],
@@ -98,7 +99,7 @@ def lowered_from_bytes(content: bytes, captured: Program) -> Program:
         program = Program(
             module,
             name=str(written["name"]),
-            options=captured.options,
+            options=dataclasses.replace(captured.options, p_error=written["p_error"]),
             samples=captured.samples,
             properties=set(written["properties"]),
             notes=[Note(**note) for note in written["notes"]],

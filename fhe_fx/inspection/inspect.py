@@ -189,7 +189,7 @@ def _integer_values(
 ) -> dict[str, Tensor]:
     """Return the value of each encrypted node, `[n_samples, *shape]`."""
     options = program.options
-    noise = LookupNoise.of(options.p_error, options.seed) if mode == "simulate" else None
+    noise = LookupNoise.of(options.chosen_p_error, options.seed) if mode == "simulate" else None
     found: dict[str, list[Tensor]] = {}
     run_batch(
         program,

@@ -1,17 +1,40 @@
-"""Give every look-up its input width.
+"""Give every look-up its input width, and the circuit its `p_error`, at the least cost.
 
-Exact in float: the widths only take effect when integers are made. Each look-up reads
-`options.lookup_bits`, unless its node carries a width already (`node.meta["lookup_bits"]`), so a
-pass placed before this one can spend bits where they matter.
+Exact in float: widths only take effect when integers are made. Rounding to a slot and the noise of
+a bootstrap, which reads a neighbouring slot, are one error with one variance, and behind an
+approximate rounding both are unbiased: so few bits that are never misread and many that often are
+buy the same precision, and the second is cheaper. The pass knows what variance each look-up adds to
+the results, by derivatives on the calibration samples, and what a look-up costs at each width and
+`p_error`, by a table of Concrete's optimizer; of all that keep the results' error within the
+budget it takes the cheapest.
+
+The budget is `max_error`, or what rounding every look-up to `n_bits + lookup_extra_bits` bits alone
+would make (where no width of 16 bits does, they read that many); with `max_cost` the least error is taken instead. Two widths at most: each has keys of
+its own. A `p_error` that was given is kept, and then every look-up reads
+`n_bits + lookup_extra_bits` bits unless a budget was given too. A look-up that a rule names has the
+width of the rule; one whose node carries a width already (`node.meta["lookup_bits"]`) keeps it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
+from fhe_fx.errors import PassError
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
+from fhe_fx.options import MAX_LOOKUP_BITS, Options
 from fhe_fx.passes.base import Pass, register
+from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
+from fhe_fx.quant.noise import lookup_variance
+from fhe_fx.quant.response import lookup_responses
 
 __all__ = ["AllotBits"]
 
@@ -19,14 +42,163 @@ __all__ = ["AllotBits"]
 @register
 @dataclass(frozen=True)
 class AllotBits(Pass):
-    """Set `node.meta["lookup_bits"]` on every map."""
+    """Set `node.meta["lookup_bits"]` on every map, and `program.options.p_error`."""
 
     name: ClassVar[str] = "allot-bits"
-    requires: ClassVar[frozenset[str]] = frozenset({"fused"})
+    requires: ClassVar[frozenset[str]] = frozenset({"fused", "calibrated", "no-products"})
     gives: ClassVar[frozenset[str]] = frozenset({"bits"})
 
+    least_saving: float = 0.2
+    """Part of the cost that a second width must save: it has keys of its own, half a gigabyte."""
+    narrower: int = 3
+    """By how many bits the second width may be narrower than the first."""
+
     def run(self, program: Program) -> bool:
-        """Fill in what no earlier pass chose."""
-        for node in program.maps():
-            node.meta.setdefault("lookup_bits", program.options.lookup_bits)
+        """Choose among all pairs of widths at all `p_error` of the table."""
+        options = program.options
+        groups = _groups(program)
+        fixed = {g: g.fixed_bits for g in groups if g.fixed_bits is not None}
+        free = [g for g in groups if g.fixed_bits is None]
+        if options.is_uniform:
+            chosen = _Allotment(
+                options.chosen_p_error, fixed | dict.fromkeys(free, options.lookup_bits)
+            )
+        else:
+            chosen = self._cheapest(program, free, fixed)
+        total = chosen.error or 1.0
+        for g, bits in chosen.bits.items():
+            g.node.meta["lookup_bits"] = bits
+            g.node.meta["error_share"] = f"{g.error(bits, chosen.p_error) / total:.4f}"
+        program.options = dataclasses.replace(options, p_error=chosen.p_error)
         return False
+
+    def _cheapest(
+        self, program: Program, free: Sequence[_Group], fixed: dict[_Group, int]
+    ) -> _Allotment:
+        options = program.options
+        budget = _Budget.of(options, [*free, *fixed])
+        by_need = sorted(free, key=lambda g: -g.response / g.look_ups)
+        best: dict[bool, _Allotment] = {}
+        least_error, least_cost = math.inf, math.inf
+        for p_error, wide, narrow in self._choices(options):
+            for n_wide in [0] if wide == narrow else range(1, len(by_need)):
+                bits = {g: wide if i < n_wide else narrow for i, g in enumerate(by_need)}
+                found = _Allotment(p_error, fixed | bits)
+                least_error = min(least_error, found.error)
+                least_cost = min(least_cost, found.cost)
+                is_mixed = wide != narrow
+                if budget.holds(found) and (
+                    is_mixed not in best or budget.rank(found) < budget.rank(best[is_mixed])
+                ):
+                    best[is_mixed] = found
+        if not best and budget.is_default:
+            return _Allotment(options.chosen_p_error, fixed | dict.fromkeys(free, options.lookup_bits))
+        if not best:
+            raise PassError(budget.refusal(program.name, math.sqrt(least_error), least_cost))
+        if len(best) == 1:
+            return next(iter(best.values()))
+        is_worth_it = best[True].cost <= (1 - self.least_saving) * best[False].cost
+        if budget.max_cost is not None:
+            is_worth_it = best[True].error <= (1 - self.least_saving) * best[False].error
+        return best[is_worth_it]
+
+    def _choices(self, options: Options) -> Iterator[tuple[float, int, int]]:
+        """List all `p_error` with two widths each, the second at most as wide."""
+        table = cost_table()
+        p_errors = table.p_errors if options.p_error is None else (options.p_error,)
+        widths = range(min(table.by_bits), MAX_LOOKUP_BITS + 1)
+        for p_error, wide in itertools.product(p_errors, widths):
+            for narrow in widths:
+                if wide - self.narrower <= narrow <= wide:
+                    yield p_error, wide, narrow
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """The look-ups of one map."""
+
+    node: fx.Node
+    look_ups: int
+    response: float
+    """As `lookup_responses` gives it."""
+    fixed_bits: int | None
+
+    def error(self, bits: int, p_error: float) -> float:
+        """Return the variance that it adds to the results, in parts of theirs."""
+        return self.response * lookup_variance(bits, p_error)
+
+
+@dataclass(frozen=True)
+class _Allotment:
+    """A width for every group, and one `p_error`."""
+
+    p_error: float
+    bits: dict[_Group, int]
+
+    @property
+    def error(self) -> float:
+        """Predicted variance of the results, in parts of theirs."""
+        return sum(g.error(bits, self.p_error) for g, bits in self.bits.items())
+
+    @property
+    def cost(self) -> float:
+        """Predicted complexity."""
+        return sum(g.look_ups * lookup_cost(b, self.p_error) for g, b in self.bits.items())
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """What an allotment must keep to."""
+
+    variance: float | None
+    max_cost: float | None
+    is_default: bool = False
+
+    @staticmethod
+    def of(options: Options, groups: Sequence[_Group]) -> _Budget:
+        if options.max_cost is not None:
+            return _Budget(None, options.max_cost)
+        if options.max_error is not None:
+            return _Budget(options.max_error**2, None)
+        exact = lookup_variance(options.lookup_bits, 0.0)
+        return _Budget(sum(g.response for g in groups) * exact, None, is_default=True)
+
+    def holds(self, found: _Allotment) -> bool:
+        if self.variance is not None:
+            return found.error <= self.variance
+        assert self.max_cost is not None
+        return found.cost <= self.max_cost
+
+    def rank(self, found: _Allotment) -> tuple[float, float]:
+        is_for_cost = self.max_cost is None
+        return (found.cost, found.error) if is_for_cost else (found.error, found.cost)
+
+    def refusal(self, name: str, least_error: float, least_cost: float) -> str:
+        if self.max_cost is not None:
+            return (
+                f"{name}: max_cost={self.max_cost:.2g} cannot be kept; the cheapest widths cost "
+                f"{least_cost:.2g}. Allow as much, or try a shorter circuit, or fewer heads."
+            )
+        assert self.variance is not None
+        return (
+            f"{name}: look-ups would have to err by {math.sqrt(self.variance):.2g} of the results "
+            f"at most; the widest reach {least_error:.2g}. Allow more by max_error, or give n_bits "
+            f"less."
+        )
+
+
+def _groups(program: Program) -> list[_Group]:
+    responses = lookup_responses(program)
+
+    def rule_of(n: fx.Node) -> int | None:
+        return program.options.rule_for(str(n.meta.get("module_path", "")), operator_name(n))
+
+    return [
+        _Group(
+            n,
+            math.prod(d.shape_of(n)),
+            responses[n.name],
+            n.meta.get("lookup_bits", rule_of(n)),
+        )
+        for n in program.maps()
+    ]

@@ -1,9 +1,11 @@
 """Contract two encrypted matrices over fewer channels, in a basis made for their values.
 
 Not exact: results change by at most `tolerance` of what rounding to `n_bits` would change them.
-Any basis may be chosen, x y = (x A)(B^T y), and weights carry it for nothing. Channels that
-hardly contribute are left out: each saves R C + R + C look-ups, of R rows and C columns. The others
-are rotated until all vary alike, since one scale serves them all.
+With the means m of x and n of y, x y = (x - m)(y - n) + m y + x n - m n, and all but the first
+term is affine: clear weights, no look-up. In that one any basis may be chosen, x y = (x A)(B^T y),
+and weights carry it for nothing. Channels that hardly contribute are left out: each saves
+R C + R + C look-ups, of R rows and C columns. The others are rotated until all vary alike, since
+one scale serves them all.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.batch import BatchInterpreter
+from fhe_fx.ir.build import compact
 from fhe_fx.ir.chains import AffineChain
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
@@ -35,7 +38,7 @@ class ChooseBases(Pass):
     breaks: ClassVar[frozenset[str]] = frozenset({"calibrated"})
     is_exact: ClassVar[bool] = False
 
-    tolerance: float = 0.25
+    tolerance: float = 1.0
     """Error of the results that leaving out channels may make, in parts of 2**-n_bits of their
     size. One is what rounding the results to that many bits would make, about."""
 
@@ -53,15 +56,28 @@ class ChooseBases(Pass):
 
     def _rewrite(self, program: Program, node: fx.Node) -> None:
         x, y = d.input_node(node), d.input_node(node, 1)
-        bases = find_bases(_rows(program.observed[x.name]), _rows(program.observed[y.name].mT))
-        rank = self._rank(program, node, bases)
-        left, right = (m.float() for m in bases.equalized(rank, program.options.seed))
+        means = _Means.of(program, node)
+        bases = find_bases(
+            _rows(program.observed[x.name] - means.left),
+            _rows(program.observed[y.name].mT - means.right.mT),
+        )
+        rank = self._rank(program, node, bases, means)
         b = program.before(node, self)
-        columns = b.linear(b.transpose(y, -2, -1), right)
-        new = b.matmul(b.linear(x, left), b.transpose(columns, -2, -1))
+        columns = b.transpose(y, -2, -1)
+        of_left, of_right = (
+            AffineChain.of(term).as_one_product(b)
+            for term in (b.linear(columns, means.left.mT), b.linear(x, means.right))
+        )
+        affine = b.add(of_right, b.transpose(of_left, -2, -1))
+        new = b.shift(affine, -means.left @ means.right)
+        if rank:
+            left, right = (m.float() for m in bases.equalized(rank, program.options.seed))
+            rows = b.linear(b.shift(x, compact(-means.left)), left)
+            columns = b.linear(b.shift(columns, compact(-means.right.mT)), right)
+            new = b.add(b.matmul(rows, b.transpose(columns, -2, -1)), new)
         program.replace(node, new)
 
-    def _rank(self, program: Program, node: fx.Node, bases: Bases) -> int:
+    def _rank(self, program: Program, node: fx.Node, bases: Bases, means: _Means) -> int:
         """Return the least rank that keeps the results within the tolerance, by bisection."""
         allowed = self.tolerance * 2.0**-program.options.n_bits
         exact = [program.observed[n.name] for n in program.results]
@@ -71,10 +87,10 @@ class ChooseBases(Pass):
             left, right = bases.kept(rank)
             projector = (left @ right.mT).float()
             with torch.no_grad():
-                found = _Projected(program.module, node, projector).run(*inputs)
+                found = _Projected(program.module, node, projector, means).run(*inputs)
             return _relative_error(exact, found)
 
-        least, most = 1, d.shape_of(node.args[0])[-1]  # type: ignore[arg-type]
+        least, most = 0, d.shape_of(node.args[0])[-1]  # type: ignore[arg-type]
         while least < most:
             middle = (least + most) // 2
             if error(middle) <= allowed:
@@ -84,17 +100,34 @@ class ChooseBases(Pass):
         return most
 
 
-class _Projected(BatchInterpreter):
-    """Runs a graph in which one product sees its left operand through a projector."""
+@dataclass(frozen=True)
+class _Means:
+    """Means over the samples of both operands of a product, every row and column for itself."""
 
-    def __init__(self, module: fx.GraphModule, node: fx.Node, projector: Tensor) -> None:
+    left: Tensor
+    """`[*lead, R, K]`."""
+    right: Tensor
+    """`[*lead, K, C]`."""
+
+    @staticmethod
+    def of(program: Program, node: fx.Node) -> _Means:
+        return _Means(*(program.observed[o.name].mean(0) for o in d.operands(node)))
+
+
+class _Projected(BatchInterpreter):
+    """Runs a graph in which the deviations of one product's operands meet through a projector."""
+
+    def __init__(
+        self, module: fx.GraphModule, node: fx.Node, projector: Tensor, means: _Means
+    ) -> None:
         super().__init__(module)
-        self.node, self.projector = node, projector
+        self.node, self.projector, self.means = node, projector, means
 
     def run_node(self, n: fx.Node) -> Any:
         if n is self.node:
             x, y = (self.env[operand] for operand in d.operands(n))
-            return x @ self.projector @ y
+            left, right = self.means.left, self.means.right
+            return (x - left) @ self.projector @ (y - right) + left @ (y - right) + x @ right
         return super().run_node(n)
 
 

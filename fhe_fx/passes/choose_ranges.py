@@ -97,7 +97,7 @@ class ChooseRanges(Pass):
                 rounded,
                 index,
                 int(reader.meta["lookup_bits"]),
-                program.options.p_error,
+                program.options.chosen_p_error,
                 evidence.gradients[reader.name],
                 len(exact) // 2,
                 source.op == "placeholder",

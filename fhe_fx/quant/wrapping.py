@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from statistics import NormalDist
-
 import torch
 from torch import Tensor, fx
 
+from fhe_fx.quant.noise import noise_in_slots
 from fhe_fx.quant.tables import ROOM
 
-__all__ = ["LookupError", "noise_in_slots"]
-
-
-def noise_in_slots(p_error: float) -> float:
-    """Return the deviation of a bootstrap's noise in slots: half a slot is passed with p_error.
-
-    The noise is normal, and parameters are chosen so that the noisiest look-up of a circuit just
-    keeps to `p_error` (Bergerat et al. 2023, "Parameter optimization and larger precision for
-    (T)FHE", section 2.4).
-    """
-    return 0.5 / NormalDist().inv_cdf(1 - p_error / 2)
+__all__ = ["LookupError"]
 
 
 class LookupError:

@@ -14,12 +14,10 @@ from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.ir.views import Lookup
+from fhe_fx.quant.lookup_cost import lookup_cost
 from fhe_fx.report.machine import bootstrap_rate
 
 __all__ = ["NodeCost", "RegionCost", "Report", "report_on"]
-
-_UNIT = {1: 2.0e7, 2: 2.0e7, 3: 3.0e7, 4: 4.1e7, 5: 5.9e7, 6: 9.7e7, 7: 2.0e8, 8: 4.5e8}
-"""Complexity of a look-up by input bits at p_error 0.1 (docs/design.md): weights of the shares."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,10 @@ class NodeCost:
     input_bits: int
     accumulator_bits: int
     share: float
-    """Estimated part of the region's cost, from 0 to 1."""
+    """Predicted part of the region's cost, from 0 to 1."""
+    error_share: float | None = None
+    """Predicted part of the error that look-ups make, from 0 to 1: why it has these bits. None if
+    they were not allotted."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class RegionCost:
     nodes: tuple[NodeCost, ...]
     complexity: float | None = None
     """None until compiled, as are the sizes."""
+    predicted_complexity: float | None = None
+    """Of the look-ups, by the compiler's table of what one costs."""
     key_bytes: int | None = None
     input_bytes: int | None = None
     output_bytes: int | None = None
@@ -68,7 +71,8 @@ class RegionCost:
             f"{self.look_ups:,} bootstraps"
         )
         if self.complexity is None:
-            return f"{text}, not compiled yet"
+            predicted = self.predicted_complexity or 0.0
+            return f"{text}, complexity about {_scientific(predicted)}, not compiled yet"
         seconds = self.estimated_seconds or 0.0
         shared = "" if self.has_own_keys else " (shared)"
         return (
@@ -118,7 +122,9 @@ class Report:
     def __str__(self) -> str:
         blocks = []
         for region in self.regions:
-            header = ("module path", "function", "look-ups", "bits", "of", "share", "source")
+            header = (
+                "module path", "function", "look-ups", "bits", "of", "cost", "error", "source"
+            )  # fmt: skip
             rows = [
                 (
                     n.module_path,
@@ -127,12 +133,13 @@ class Report:
                     str(n.input_bits),
                     str(n.accumulator_bits),
                     f"{100 * n.share:.1f} %",
+                    "" if n.error_share is None else f"{100 * n.error_share:.1f} %",
                     n.source,
                 )
                 for n in region.nodes
             ]
             widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-            right = {2, 3, 4, 5}
+            right = {2, 3, 4, 5, 6}
             table = [
                 "  ".join(
                     c.rjust(w) if i in right else c.ljust(w)
@@ -162,8 +169,9 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
     look_ups = program.calls(LOOKUP)
     counts = {n: math.prod(d.shape_of(n)) for n in look_ups}
     bits = {n: Lookup.of(n).bits for n in look_ups}
-    costs = {n: counts[n] * _UNIT.get(bits[n], 1e8 * 2.0 ** (bits[n] - 6)) for n in look_ups}
-    total = sum(costs.values()) or 1.0
+    p_error = program.options.chosen_p_error
+    costs = {n: counts[n] * lookup_cost(bits[n], p_error) for n in look_ups}
+    total = sum(costs.values())
     nodes = []
     for n in look_ups:
         source: ValueType = d.input_node(n).meta["type"]
@@ -177,6 +185,7 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
                 bits[n],
                 source.bits,
                 costs[n] / total,
+                float(n.meta["error_share"]) if "error_share" in n.meta else None,
             )
         )
     nodes.sort(key=lambda c: -c.share)
@@ -184,8 +193,9 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
         name=program.name,
         look_ups=sum(counts.values()),
         max_lookup_bits=max(bits.values(), default=0),
-        p_error=program.options.p_error,
+        p_error=p_error,
         nodes=tuple(nodes),
+        predicted_complexity=total,
         tokens=tokens,
     )
     if facts is None:

@@ -140,10 +140,10 @@ class Region:
         """Find the smallest change of n_bits with which the region compiles."""
         from fhe_fx.backends.concrete import ConcreteBackend
 
-        options = self.program.options
+        options = self.captured.options
         for n_bits in range(options.n_bits - 1, 0, -1):
             smaller = copy.deepcopy(self.captured)
-            smaller.options = replace(options, n_bits=n_bits)
+            smaller.options = replace(options, n_bits=n_bits, max_error=None, max_cost=None)
             try:
                 self.pipeline.run(smaller)
                 facts = ConcreteBackend().compile(smaller).facts

@@ -16,7 +16,7 @@ from fhe_fx.backends.concrete import ConcreteBackend, ConcreteCircuit
 from fhe_fx.backends.reference import ReferenceBackend
 from fhe_fx.errors import BackendError, InputError
 from fhe_fx.ir import Program
-from fhe_fx.quant.wrapping import noise_in_slots
+from fhe_fx.quant.noise import noise_in_slots
 from tests.programs import (
     Sample,
     decode,
@@ -69,7 +69,7 @@ def _compiled(name: str) -> Compiled:
     program = program_from(CASES[name][0], _samples(name), n_bits=4)
     (expected,), (rounding,) = lower_with_prediction(program)
     # A slot's rounding has the variance 1/12, and a bootstrap's noise adds its own.
-    both = math.sqrt(1 + 12 * noise_in_slots(program.options.p_error) ** 2)
+    both = math.sqrt(1 + 12 * noise_in_slots(program.options.chosen_p_error) ** 2)
     noise = both * rounding * float(expected.std())
     return Compiled(program, expected, noise, ConcreteBackend().compile(program))
 
@@ -172,7 +172,7 @@ def test_facts_are_those_of_the_circuit() -> None:
     assert facts.max_lookup_bits == 6
     assert facts.complexity > 12 * 4e7
     assert facts.key_bytes > 1e6
-    assert facts.p_error <= program.options.p_error
+    assert facts.p_error <= program.options.chosen_p_error
 
 
 def test_inputs_that_do_not_fit_are_refused() -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fhe_fx.ir.build import elementwise
 from fhe_fx.ir.ops import LOOKUP
+from fhe_fx.quant.noise import noise_in_slots
 from fhe_fx.quant.tables import build_tables
-from fhe_fx.quant.wrapping import LookupError, noise_in_slots
+from fhe_fx.quant.wrapping import LookupError
 
 aten = torch.ops.aten
 BITS, LSBS = 6, 8

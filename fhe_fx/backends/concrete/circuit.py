@@ -62,7 +62,7 @@ def _compile(program: Program, restriction: Any = None) -> ConcreteCircuit:
     names = [n.name for n in program.placeholders]
     probe = tuple(np.zeros(d.shape_of(n), dtype=np.int64) for n in program.placeholders)
     configuration = fhe.Configuration(
-        p_error=program.options.p_error,
+        p_error=program.options.chosen_p_error,
         compress_input_ciphertexts=True,
         compress_evaluation_keys=True,  # a fifth of the size, made whole again in a second
         show_graph=False,

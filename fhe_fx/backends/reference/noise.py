@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fhe_fx.quant.wrapping import noise_in_slots
+from fhe_fx.quant.noise import noise_in_slots
 
 __all__ = ["LookupNoise"]
 

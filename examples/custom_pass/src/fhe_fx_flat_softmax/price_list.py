@@ -65,7 +65,7 @@ class PriceList:
             look_ups=counts.total(),
             complexity=complexity,
             max_lookup_bits=widest,
-            p_error=program.options.p_error,
+            p_error=program.options.chosen_p_error,
             key_bytes=0,
             input_bytes=0,
             output_bytes=0,

@@ -1,0 +1,61 @@
+"""What one look-up costs, before anything is compiled: a table asked of Concrete's optimizer.
+
+`python benchmarks/lookup_cost.py --write` writes the table. Its unit is Concrete's complexity.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from fhe_fx.quant.noise import noise_in_slots, p_error_of
+
+__all__ = ["TABLE", "CostTable", "cost_table", "lookup_cost"]
+
+TABLE = Path(__file__).with_name("lookup_cost.json")
+"""Where the table is kept."""
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Complexity of a look-up."""
+
+    measured_on: str
+    """Name and version of the optimizer."""
+    p_errors: tuple[float, ...]
+    """In rising order."""
+    by_bits: dict[int, tuple[float, ...]]
+    """For each number of input bits, the complexity at each of `p_errors`."""
+
+    def of(self, bits: int, p_error: float) -> float:
+        """Return the complexity of a look-up.
+
+        Between two entries it follows the straight line through the logarithms of all three
+        figures. Beyond the last number of bits it is that of the last with the same noise: what
+        is paid for is how little noise there is, in parts of the range.
+        """
+        known = min(max(bits, min(self.by_bits)), max(self.by_bits))
+        if bits > known:
+            p_error = p_error_of(noise_in_slots(p_error) * 2.0 ** (known - bits))
+        row = self.by_bits[known]
+        x = math.log(min(max(p_error, self.p_errors[0]), self.p_errors[-1]))
+        ends = pairwise(zip(map(math.log, self.p_errors), map(math.log, row), strict=True))
+        (x0, y0), (x1, y1) = next(pair for pair in ends if x <= pair[1][0] + 1e-12)
+        return math.exp(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+
+
+@functools.cache
+def cost_table() -> CostTable:
+    """Return the table that the compiler goes by."""
+    data = json.loads(TABLE.read_text(encoding="utf-8"))
+    rows = {int(bits): tuple(row) for bits, row in data["complexity_by_bits"].items()}
+    return CostTable(data["measured_on"], tuple(data["p_errors"]), rows)
+
+
+def lookup_cost(bits: int, p_error: float) -> float:
+    """Return the complexity of a look-up that reads `bits` bits and errs with `p_error`."""
+    return cost_table().of(bits, p_error)
