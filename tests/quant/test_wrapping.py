@@ -36,7 +36,7 @@ def test_it_errs_as_the_tables_do_beyond_both_ends(operator: torch._ops.OpOverlo
     gradients = torch.ones(1, *values.shape)
     model = LookupError(function, values, values, index, BITS, CERTAIN, gradients, 2000, False)
     low, high = -1.0, 1.25
-    found = model.of(torch.tensor([low]).double(), torch.tensor([high]).double())[0]
+    found = model.of(torch.tensor([low]).double(), torch.tensor([high]).double())[0].double()
     expected = _answers(function, values, low, high) - function(values)
     # Noise of less than a tenth of a slot moves only values that close to a slot's end, and a mean
     # over a slot differs from its middle by a part of a slot squared.
