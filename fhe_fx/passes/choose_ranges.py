@@ -95,7 +95,7 @@ class ChooseRanges(Pass):
         gradients = [evidence.gradients[reader.name] for reader in readers]
         if len(readers) == 1:  # only how large an error becomes matters, and one draw can say that
             gradients = [gradients[0].square().mean(0, keepdim=True).sqrt()]
-        share = (evidence.weight / len(gradients[0])).sqrt().float().view(-1, *[1] * index.dim())
+        weight = evidence.weight.float()
         errors = [
             LookupError(
                 d.map_of(reader),
@@ -104,7 +104,7 @@ class ChooseRanges(Pass):
                 index,
                 int(reader.meta["lookup_bits"]),
                 program.options.p_error,
-                gradient * share,
+                gradient,
                 len(exact) // 2,
                 source.op == "placeholder",
             )
@@ -115,7 +115,8 @@ class ChooseRanges(Pass):
             # Readers of one value err together: their errors add before they are squared.
             error = functools.reduce(torch.add, [e.of(low[index], high[index]) for e in errors])
             found = torch.zeros(classes.n_classes, dtype=torch.float64)
-            return found.scatter_add(0, index.reshape(-1), error.square_().sum((0, 1)).double())
+            squares = (weight @ error.square_().mean(0)).double()
+            return found.scatter_add(0, index.reshape(-1), squares)
 
         low, high = class_ends(program, source, classes.of.__getitem__, classes.n_classes)
         span = high - low

@@ -12,6 +12,9 @@ from fhe_fx.quant.tables import ROOM
 
 __all__ = ["LookupError", "noise_in_slots"]
 
+_ZERO = 1e-4
+"""Part of the mean derivative up to which one is zero, but for the rounding of its parts."""
+
 
 def noise_in_slots(p_error: float) -> float:
     """Return the deviation of a bootstrap's noise in slots: half a slot is passed with p_error.
@@ -61,6 +64,7 @@ class LookupError:
         self.arriving, self.noise = arriving, (noise_in_slots(p_error) * noise).float()
         self.is_clipped = is_clipped
         self.gradients = gradients.flatten(2).float()
+        self.gradients_if_wrapped = self._nowhere_zero(self.gradients)
         self.domain = self._ends(exact[:n_calibrated])
         least, greatest = self._ends(self._apply(exact[:n_calibrated]))
         room = ROOM * (greatest - least)
@@ -89,9 +93,10 @@ class LookupError:
         answer = self._tabulated(torch.addcmul(low_end, entry, slot))
         # Anti-periodic: a turn reads minus the entry, and the table is centred on its two ends.
         twice = self._tabulated(torch.stack([low_end, high_end - slot])).sum(0)
-        half_turns = turns.mul_(0.5)
+        half_turns = turns / 2
         answer = torch.where(half_turns == half_turns.floor(), answer, twice - answer)
-        return self.gradients * answer.sub_(self.expected)
+        gradients = torch.where(turns == 0, self.gradients, self.gradients_if_wrapped)
+        return gradients * answer.sub_(self.expected)
 
     def _tabulated(self, x: Tensor) -> Tensor:
         """Answer as a table does, which has room for little more than the observed results."""
@@ -110,6 +115,19 @@ class LookupError:
             inside = x.clamp(*self.domain)
             found = torch.where(found.isfinite(), found, evaluate(inside))
         return found
+
+    def _nowhere_zero(self, gradients: Tensor) -> Tensor:
+        """Return gradients with the mean size in the class of each element in place of zeros.
+
+        A derivative says what a small error does. The error of a value that wraps may be large, and
+        the derivative zero only as long as it is small: that of the greater of two, under a least.
+        """
+        size = gradients.abs()
+        zeros = torch.zeros(int(self.index.max()) + 1)
+        total = zeros.scatter_add(0, self.index, size.mean((0, 1)))
+        count = zeros.scatter_add(0, self.index, torch.ones_like(size[0, 0]))
+        usual = (total / count)[self.index]
+        return torch.where(size > _ZERO * usual, gradients, usual)
 
     def _ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return least and greatest value in the class of each element."""
