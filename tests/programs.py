@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -116,12 +117,14 @@ def lower_with_prediction(program: Program) -> tuple[list[Tensor], list[float]]:
     """Run every pass, and predict the errors of the results from rounding alone.
 
     The float program is run with every input, and every value that a look-up reads, rounded to its
-    slots, before any integer is made.
+    slots, before any integer is made. The widths are those of a given `p_error`, so that ranges are
+    chosen for roundings, not for noise that may be several slots.
 
     Returns:
         The results of the given program in float on the samples, and the relative error of each
         that roundings alone make.
     """
+    program.options = dataclasses.replace(program.options, p_error=0.1)
     *before, scales, integers = default_pipeline()
     expected = lower(program, before)
     draws = 4

@@ -113,11 +113,15 @@ class Program:
         if note not in self.notes:
             self.notes.append(note)
 
-    def clean(self) -> None:
-        """Drop dead nodes and unused constants, and recompile."""
+    def drop_unread(self) -> None:
+        """Drop the nodes that nothing reads: what a pass needs between two of its own steps."""
         for node in reversed(list(self.graph.nodes)):
             if node.op not in {"placeholder", "output"} and not node.users:
                 self.graph.erase_node(node)
+
+    def clean(self) -> None:
+        """Drop dead nodes and unused constants, and recompile."""
+        self.drop_unread()
         self.module.delete_all_unused_submodules()
         used = {n.target for n in self.graph.nodes if n.op == "get_attr"}
         for name in [n for n, _ in self.module.named_buffers(recurse=False) if n not in used]:

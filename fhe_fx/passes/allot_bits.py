@@ -92,7 +92,9 @@ class AllotBits(Pass):
                 ):
                     best[is_mixed] = found
         if not best and budget.is_default:
-            return _Allotment(options.chosen_p_error, fixed | dict.fromkeys(free, options.lookup_bits))
+            return _Allotment(
+                options.chosen_p_error, fixed | dict.fromkeys(free, options.lookup_bits)
+            )
         if not best:
             raise PassError(budget.refusal(program.name, math.sqrt(least_error), least_cost))
         if len(best) == 1:

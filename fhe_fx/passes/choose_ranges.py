@@ -8,6 +8,7 @@ range is tried at several places, wrapped values and the noise of bootstraps inc
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -90,6 +91,11 @@ class ChooseRanges(Pass):
     ) -> tuple[Tensor, Tensor]:
         index = classes.of[source]
         exact, rounded = evidence.exact[source.name], evidence.rounded[source.name]
+        readers = [reader for reader in source.users if d.is_map(reader)]
+        gradients = [evidence.gradients[reader.name] for reader in readers]
+        if len(readers) == 1:  # only how large an error becomes matters, and one draw can say that
+            gradients = [gradients[0].square().mean(0, keepdim=True).sqrt()]
+        weight = evidence.weight.float()
         errors = [
             LookupError(
                 d.map_of(reader),
@@ -98,19 +104,19 @@ class ChooseRanges(Pass):
                 index,
                 int(reader.meta["lookup_bits"]),
                 program.options.chosen_p_error,
-                evidence.gradients[reader.name],
+                gradient,
                 len(exact) // 2,
                 source.op == "placeholder",
             )
-            for reader in source.users
-            if d.is_map(reader)
+            for reader, gradient in zip(readers, gradients, strict=True)
         ]
 
         def error_of(low: Tensor, high: Tensor) -> Tensor:
             # Readers of one value err together: their errors add before they are squared.
-            error = torch.stack([e.of(low[index], high[index]) for e in errors]).sum(0)
+            error = functools.reduce(torch.add, [e.of(low[index], high[index]) for e in errors])
             found = torch.zeros(classes.n_classes, dtype=torch.float64)
-            return found.scatter_add(0, index.reshape(-1), evidence.weight @ error.square().mean(0))
+            squares = (weight @ error.square_().mean(0)).double()
+            return found.scatter_add(0, index.reshape(-1), squares)
 
         low, high = class_ends(program, source, classes.of.__getitem__, classes.n_classes)
         span = high - low

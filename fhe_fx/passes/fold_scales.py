@@ -61,7 +61,7 @@ class FoldScales(Pass):
             if new is None:
                 continue
             program.replace(node, new)
-            program.clean()
+            program.drop_unread()
             waiting += [n for n in program.calls(SCALE) if n not in before]
 
     def _sink_fully(self, program: Program, node: fx.Node, added: list[fx.Node]) -> None:
@@ -72,7 +72,7 @@ class FoldScales(Pass):
             if current not in program.graph.nodes:
                 continue
             waiting += self._sink(program, current, added)
-            program.clean()
+            program.drop_unread()
 
     def _sink(self, program: Program, node: fx.Node, added: list[fx.Node]) -> list[fx.Node]:
         """Move a factor behind each operator that reads it, where that is free."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fhe_fx.errors import CalibrationError
 from fhe_fx.options import Options
+from fhe_fx.quant.next_token import NextToken
 
 __all__ = ["Call", "as_call", "check_calibration", "sample_from_model"]
 
@@ -144,10 +145,11 @@ def sample_from_model(model: nn.Module, tokens: int, options: Options) -> list[C
         ids = torch.full((n, 1), start)
     else:
         ids = torch.randint(size, (n, 1), generator=generator)
+    reader = NextToken(model)
     with torch.no_grad():
         while ids.shape[1] <= length:
             try:
-                logits = _logits(model, ids)
+                logits = reader.logits(ids)
             except Exception as error:
                 raise CalibrationError(
                     f"{type(model).__name__} cannot sample its own calibration inputs: it fails on "
@@ -166,15 +168,3 @@ def sample_from_model(model: nn.Module, tokens: int, options: Options) -> list[C
             ids = torch.cat([ids, new], 1)
     rows = [row for cut in cuts for row in ids[:, cut : cut + tokens]]
     return [Call((), {"input_ids": row[None]}) for row in rows[: options.n_samples]]
-
-
-def _logits(model: nn.Module, ids: Tensor) -> Tensor | None:
-    output = model(input_ids=ids)
-    logits = getattr(output, "logits", None)
-    if logits is not None:
-        return logits[:, -1]  # type: ignore[no-any-return]
-    hidden = getattr(output, "last_hidden_state", None)
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    if hidden is None or embedding is None or embedding.weight.shape[-1] != hidden.shape[-1]:
-        return None
-    return hidden[:, -1] @ embedding.weight.T  # type: ignore[no-any-return]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, fx
 
@@ -9,6 +11,9 @@ from fhe_fx.quant.noise import noise_in_slots
 from fhe_fx.quant.tables import ROOM
 
 __all__ = ["LookupError"]
+
+_ZERO = 1e-4
+"""Part of the mean derivative up to which one is zero, but for the rounding of its parts."""
 
 
 class LookupError:
@@ -41,14 +46,15 @@ class LookupError:
         n_calibrated: int,
         is_clipped: bool,
     ) -> None:
-        exact, arriving = exact.flatten(1).double(), rounded.flatten(1).double()
+        exact, arriving = exact.flatten(1).float(), rounded.flatten(1).float()
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(arriving.shape, generator=generator, dtype=torch.float64)
-        self.function, self.shape, self.half = function, index.shape, 1 << (bits - 1)
+        self.function, self.shape, self.size = function, index.shape, 1 << bits
         self.index = index.reshape(-1)
-        self.arriving, self.noise = arriving, noise_in_slots(p_error) * noise
+        self.arriving, self.noise = arriving, (noise_in_slots(p_error) * noise).float()
         self.is_clipped = is_clipped
-        self.gradients = gradients.flatten(2)
+        self.gradients = gradients.flatten(2).float()
+        self.gradients_if_wrapped = self._nowhere_zero(self.gradients)
         self.domain = self._ends(exact[:n_calibrated])
         least, greatest = self._ends(self._apply(exact[:n_calibrated]))
         room = ROOM * (greatest - least)
@@ -60,50 +66,64 @@ class LookupError:
         """Return the weighted errors when every value is looked up in its `[low, high]`.
 
         Args:
-            low: an end for each element, float64, of shape `shape`.
+            low: an end for each element, of shape `shape`.
             high: likewise.
 
         Returns:
-            Errors `[draws, n_samples, numel]`.
+            Errors `[draws, n_samples, numel]`, float32.
         """
-        low_end, high_end = low.reshape(-1), high.reshape(-1)
-        slot = ((high_end - low_end) / (2 * self.half)).clamp_min(1e-30)
-        middle = (low_end + high_end) / 2
+        low_end, high_end = low.reshape(-1).float(), high.reshape(-1).float()
+        slot = ((high_end - low_end) / self.size).clamp_min(1e-30)
         arriving = self.arriving
         if self.is_clipped:
-            arriving = torch.minimum(torch.maximum(arriving, low_end), high_end)
-        entry = ((arriving - middle) / slot + self.noise).round()
-        turns = torch.div(entry + self.half, 2 * self.half, rounding_mode="floor")
-        wrapped = entry - turns * (2 * self.half)
-        answer = self._tabulated(middle + wrapped * slot)
-        twice = self._tabulated(torch.stack([low_end, high_end - slot])).sum(0)
+            arriving = arriving.clamp(low_end, high_end)
+        entry = (arriving - low_end).div_(slot).add_(self.noise).round_()
+        turns = (entry / self.size).floor_()
+        entry.sub_(turns, alpha=self.size)
+        answer = self._tabulated(torch.addcmul(low_end, entry, slot))
         # Anti-periodic: a turn reads minus the entry, and the table is centred on its two ends.
-        answer = torch.where(turns.remainder(2) == 1, twice - answer, answer)
-        return self.gradients * (answer - self.expected)
+        twice = self._tabulated(torch.stack([low_end, high_end - slot])).sum(0)
+        half_turns = turns / 2
+        answer = torch.where(half_turns == half_turns.floor(), answer, twice - answer)
+        gradients = torch.where(turns == 0, self.gradients, self.gradients_if_wrapped)
+        return gradients * answer.sub_(self.expected)
 
     def _tabulated(self, x: Tensor) -> Tensor:
         """Answer as a table does, which has room for little more than the observed results."""
-        return torch.minimum(torch.maximum(self._apply(x), self.codomain[0]), self.codomain[1])
+        return self._apply(x).clamp(*self.codomain)
 
     def _apply(self, x: Tensor) -> Tensor:
         """Apply the function; where it has no value, answer as at the end of the observed range."""
 
         def evaluate(v: Tensor) -> Tensor:
             with torch.no_grad():
-                answer: Tensor = self.function(v.float().view(-1, *self.shape))
-            return answer.double().flatten(1)
+                answer: Tensor = self.function(v.view(-1, *self.shape))
+            return answer.flatten(1)
 
         found = evaluate(x)
-        if not bool(found.isfinite().all()):
-            inside = torch.minimum(torch.maximum(x, self.domain[0]), self.domain[1])
+        if not math.isfinite(float(found.sum())):
+            inside = x.clamp(*self.domain)
             found = torch.where(found.isfinite(), found, evaluate(inside))
         return found
+
+    def _nowhere_zero(self, gradients: Tensor) -> Tensor:
+        """Return gradients with the mean size in the class of each element in place of zeros.
+
+        A derivative says what a small error does. The error of a value that wraps may be large, and
+        the derivative zero only as long as it is small: that of the greater of two, under a least.
+        """
+        size = gradients.abs()
+        zeros = torch.zeros(int(self.index.max()) + 1)
+        total = zeros.scatter_add(0, self.index, size.mean((0, 1)))
+        count = zeros.scatter_add(0, self.index, torch.ones_like(size[0, 0]))
+        usual = (total / count)[self.index]
+        return torch.where(size > _ZERO * usual, gradients, usual)
 
     def _ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return least and greatest value in the class of each element."""
         ends = []
         for how, extremes in (("amin", values.amin(0)), ("amax", values.amax(0))):
-            found = torch.zeros(int(self.index.max()) + 1, dtype=torch.float64)
+            found = torch.zeros(int(self.index.max()) + 1)
             reduced = found.scatter_reduce(0, self.index, extremes, how, include_self=False)
             ends.append(reduced[self.index])
         return ends[0], ends[1]

@@ -37,7 +37,7 @@ def test_it_errs_as_the_tables_do_beyond_both_ends(operator: torch._ops.OpOverlo
     gradients = torch.ones(1, *values.shape)
     model = LookupError(function, values, values, index, BITS, CERTAIN, gradients, 2000, False)
     low, high = -1.0, 1.25
-    found = model.of(torch.tensor([low]).double(), torch.tensor([high]).double())[0]
+    found = model.of(torch.tensor([low]).double(), torch.tensor([high]).double())[0].double()
     expected = _answers(function, values, low, high) - function(values)
     # Noise of less than a tenth of a slot moves only values that close to a slot's end, and a mean
     # over a slot differs from its middle by a part of a slot squared.
@@ -62,6 +62,20 @@ def test_a_clipped_value_does_not_wrap() -> None:
         ends = (torch.tensor([-1.0]).double(), torch.tensor([0.1]).double())
         worst.append(float(model.of(*ends)[0].abs().max()))
     assert worst[0] > 0.9 > worst[1]
+
+
+def test_what_wraps_counts_although_its_derivative_is_zero() -> None:
+    function = elementwise((aten.exp.default, (), {}))
+    values = torch.tensor([[-0.9], [0.5], [1.4]], dtype=torch.float64)  # the last beyond the end
+    index = torch.zeros(1, dtype=torch.int64)
+    gradients = torch.tensor([0.0, -3.0, 0.0]).view(1, 3, 1)
+    model = LookupError(function, values, values, index, BITS, CERTAIN, gradients, 3, False)
+    found = model.of(torch.tensor([-1.0]).double(), torch.tensor([1.0]).double()).reshape(-1)
+    answers = _answers(function, values, -1.0, 1.0).reshape(-1)
+    errors = answers - function(values).reshape(-1)
+    assert float(found[0]) == 0.0  # a small error, which changes nothing
+    assert float(found[1]) == pytest.approx(-3.0 * float(errors[1]), abs=3 * 2 / 2**BITS)
+    assert float(found[2]) == pytest.approx(1.0 * float(errors[2]), rel=0.05)  # the mean of three
 
 
 def test_noise_leaves_half_a_slot_with_the_given_probability() -> None:
