@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from fhe_fx.errors import OptionsError
 
@@ -84,6 +86,10 @@ class Options:
             raise OptionsError("Give max_error or max_cost, not both: one is what the other costs.")
         for rule in self.rules:
             _check_rule(rule)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON holds them."""
+        return {**dataclasses.asdict(self), "rules": [list(rule) for rule in self.rules]}
 
     @property
     def lookup_bits(self) -> int:

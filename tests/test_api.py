@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from typing import Any
 
@@ -14,6 +15,7 @@ import fhe_fx
 from fhe_fx import Options
 from fhe_fx.api import encrypted_modules
 from fhe_fx.errors import InputError, OptionsError, TargetError
+from fhe_fx.quant.lookup_cost import cost_table
 from fhe_fx.runtime import EncryptedModule
 from tests.models import (
     FEW,
@@ -142,11 +144,13 @@ def test_options_and_keywords() -> None:
         made = fhe_fx.encrypt_submodule(Mlp(), "inner", calibration=mlp_inputs(), **kwargs)
         return encrypted_modules(made)[0].region.program.options
 
-    assert bits() == Options()
+    chosen = bits()
+    assert chosen.p_error in cost_table().p_errors
+    assert dataclasses.replace(chosen, p_error=None) == Options()
     assert bits(options=Options(n_bits=6)).n_bits == 6
     assert bits(options=Options(n_bits=6), n_bits=4).n_bits == 4
-    assert bits(options=Options(n_bits=6), n_bits=5, weight_bits=6) == Options(
-        n_bits=5, weight_bits=6
+    assert bits(options=Options(n_bits=6), n_bits=5, weight_bits=6, p_error=0.1) == Options(
+        n_bits=5, weight_bits=6, p_error=0.1
     )
     assert bits(input_bits=6, p_error=0.01) == Options(input_bits=6, p_error=0.01)
 
@@ -404,7 +408,7 @@ def test_gpt2_of_real_size_one_head(real_size: Any) -> None:
 def test_gpt2_of_real_size_whole_attention(real_size: Any) -> None:
     few = Options(n_samples=4)
     result = fhe_fx.encrypt_submodule(real_size, "h.0.attn", max_tokens=6, options=few)
-    assert fhe_fx.report(result).as_dict()["max_lookup_bits"] == 6
+    assert fhe_fx.report(result).as_dict()["max_lookup_bits"] == 8
     region = _clear(result).transformer.h[0].attn.region
     for sample in region.target.samples:
         assert _relative(region.run(sample, "clear")[0], region.run_float(sample)[0]) < 0.1

@@ -195,7 +195,7 @@ def _manifest(region: Region, origin: str) -> dict[str, Any]:
         "name": program.name,
         "module_path": region.name,
         "heads": _heads(region),
-        "options": dataclasses.asdict(program.options),
+        "options": program.options.as_dict(),
         "passes": [p.name for p in region.pipeline],
         "pipeline": str(region.pipeline),
         "inputs": [

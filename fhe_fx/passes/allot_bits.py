@@ -9,10 +9,11 @@ the results, by derivatives on the calibration samples, and what a look-up costs
 budget it takes the cheapest.
 
 The budget is `max_error`, or what rounding every look-up to `n_bits + lookup_extra_bits` bits alone
-would make (where no width of 16 bits does, they read that many); with `max_cost` the least error is taken instead. Two widths at most: each has keys of
+would make; with `max_cost` the least error is taken instead. Two widths at most: each has keys of
 its own. A `p_error` that was given is kept, and then every look-up reads
-`n_bits + lookup_extra_bits` bits unless a budget was given too. A look-up that a rule names has the
-width of the rule; one whose node carries a width already (`node.meta["lookup_bits"]`) keeps it.
+`n_bits + lookup_extra_bits` bits unless a budget was given too; so they do where no width would
+keep to the default budget. A look-up that a rule names has the width of the rule; one whose node
+carries a width already (`node.meta["lookup_bits"]`) keeps it.
 """
 
 from __future__ import annotations
@@ -60,9 +61,7 @@ class AllotBits(Pass):
         fixed = {g: g.fixed_bits for g in groups if g.fixed_bits is not None}
         free = [g for g in groups if g.fixed_bits is None]
         if options.is_uniform:
-            chosen = _Allotment(
-                options.chosen_p_error, fixed | dict.fromkeys(free, options.lookup_bits)
-            )
+            chosen = _uniform(options, free, fixed)
         else:
             chosen = self._cheapest(program, free, fixed)
         total = chosen.error or 1.0
@@ -187,6 +186,11 @@ class _Budget:
             f"at most; the widest reach {least_error:.2g}. Allow more by max_error, or give n_bits "
             f"less."
         )
+
+
+def _uniform(options: Options, free: Sequence[_Group], fixed: dict[_Group, int]) -> _Allotment:
+    bits = fixed | dict.fromkeys(free, options.lookup_bits)
+    return _Allotment(options.chosen_p_error, bits)
 
 
 def _groups(program: Program) -> list[_Group]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,7 +33,10 @@ class _Call(nn.Module):
 
 
 def program_from(
-    model: nn.Module | Callable[..., object], samples: Sequence[Sample], n_bits: int = 6
+    model: nn.Module | Callable[..., object],
+    samples: Sequence[Sample],
+    n_bits: int = 6,
+    **options: Any,
 ) -> Program:
     """Capture a module, or a function of tensors, with its calibration samples.
 
@@ -42,12 +46,13 @@ def program_from(
         model: what to capture.
         samples: values of its inputs; the first gives the shapes.
         n_bits: bits of a quantized activation.
+        options: other fields of `fhe_fx.Options`.
     """
     module = model if isinstance(model, nn.Module) else _Call(model)
     program = capture(module.eval(), samples[0], {}, [])
     program.name = "region"
     program.samples = list(samples)
-    program.options = Options(n_bits=n_bits)
+    program.options = Options(n_bits=n_bits, **options)
     return program
 
 

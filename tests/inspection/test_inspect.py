@@ -119,7 +119,9 @@ def test_costs_and_bits_are_those_of_the_report(found: Inspection) -> None:
     assert {n.node: (n.look_ups, n.share) for n in report.nodes} == {
         name: (n.look_ups, n.cost) for name, n in by_name.items()
     }
-    assert {n.lookup_bits for n in by_name.values()} == {8}
+    assert {n.node: n.lookup_bits for n in by_name.values()} == {
+        n.node: n.input_bits for n in report.nodes
+    }
     read = {name for n in by_name.values() for name in n.reads}
     for n in errors.nodes:
         assert (n.slots is not None) == (n.node in read)
@@ -191,7 +193,8 @@ def test_it_is_data(found: Inspection) -> None:
     assert region["name"] == "inner"
     assert [n["node"] for n in region["nodes"]] == [n.node for n in found.regions[0].nodes]
     lines = str(found).splitlines()
-    assert lines[0].startswith("inner: relative error 0.0")
+    error = found.regions[0].result_errors[0]
+    assert lines[0].startswith(f"inner: relative error {error:.3g}, 8 inputs")
     assert (
         len([n for n in found.regions[0].nodes if not n.is_minor])
         == len(lines)

@@ -1,24 +1,176 @@
-"""`allot-bits`: a width for every look-up."""
+"""`allot-bits`: a width for every look-up and a `p_error`, at the least cost within a budget."""
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from fhe_fx.passes.allot_bits import AllotBits
-from tests.conftest import float_program
+from fhe_fx import Options
+from fhe_fx.backends.reference.batch import run_batch
+from fhe_fx.backends.reference.noise import LookupNoise
+from fhe_fx.errors import OptionsError, PassError
+from fhe_fx.ir import Program
+from fhe_fx.ir import dialect as d
+from fhe_fx.passes import Pipeline, default_pipeline
+from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
+from fhe_fx.quant.noise import lookup_variance
+from fhe_fx.quant.response import lookup_responses
+from fhe_fx.report import report_on
+from tests.programs import decode, encode, lower, program_from, relative_error, run_all, seeded
 
-EXP = torch.ops.aten.exp.default
-X = torch.linspace(-1, 1, 6).view(2, 3)
+SAMPLES = [(x,) for x in seeded((4, 6), n=48)]
+UNSEEN = [(x,) for x in seeded((4, 6), n=64, seed=5)]
+W = seeded((6, 6), n=1, seed=9)[0]
 
 
-def test_look_ups_read_two_bits_more_than_an_activation_has() -> None:
-    program = float_program(lambda b, x: b.apply(x, EXP), [X])
-    assert AllotBits().run(program) is False
-    assert program.maps()[0].meta["lookup_bits"] == program.options.n_bits + 2
+def _function(x: Tensor) -> Tensor:
+    return F.gelu(torch.tanh(x @ W) @ W) + 0.01 * torch.exp(x)
+
+
+def _allotted(**options: object) -> Program:
+    """Run the pipeline up to and with `allot-bits`."""
+    program = program_from(_function, SAMPLES, **options)  # type: ignore[arg-type]
+    passes = tuple(default_pipeline())
+    Pipeline(passes[: [p.name for p in passes].index("allot-bits") + 1]).run(program)
+    return program
+
+
+def _bits(program: Program) -> dict[str, int]:
+    return {n.name: n.meta["lookup_bits"] for n in program.maps()}
+
+
+def _error(program: Program) -> float:
+    """Return the predicted error of the results, in parts of their deviation."""
+    p_error, responses = program.options.chosen_p_error, lookup_responses(program)
+    bits = _bits(program)
+    return math.sqrt(sum(r * lookup_variance(bits[n], p_error) for n, r in responses.items()))
+
+
+def _cost(program: Program) -> float:
+    p_error = program.options.chosen_p_error
+    return sum(
+        math.prod(d.shape_of(n)) * lookup_cost(n.meta["lookup_bits"], p_error)
+        for n in program.maps()
+    )
+
+
+def _noisy_error(program: Program) -> float:
+    """Return the error of an integer program with noise on inputs that calibration did not see."""
+    (expected,) = run_all(program_from(_function, SAMPLES), UNSEEN)
+    encoded = [torch.stack(list(map(torch.from_numpy, q))) for q in zip(
+        *[encode(program, s) for s in UNSEEN], strict=True
+    )]  # fmt: skip
+    noise = LookupNoise.of(program.options.chosen_p_error, 0)
+    (found,) = run_batch(program, encoded, noise=noise)
+    decoded = torch.stack([decode(program, [q.numpy()])[0] for q in found])
+    return relative_error(expected, decoded)
+
+
+def test_a_given_p_error_leaves_all_look_ups_at_two_bits_more_than_an_activation_has() -> None:
+    program = _allotted(n_bits=4, p_error=0.1)
+    assert set(_bits(program).values()) == {6}
+    assert program.options.p_error == 0.1
+
+
+@pytest.mark.parametrize("n_bits", [2, 4, 6])
+def test_noise_and_rounding_together_err_as_rounding_alone_may(n_bits: int) -> None:
+    program = _allotted(n_bits=n_bits)
+    assert program.options.p_error in cost_table().p_errors
+    allowed = sum(lookup_responses(program).values()) * lookup_variance(n_bits + 2, 0.0)
+    assert _error(program) <= math.sqrt(allowed)
+
+
+def test_nothing_of_one_width_that_keeps_to_the_budget_is_cheaper() -> None:
+    program = _allotted(n_bits=4)
+    responses = lookup_responses(program)
+    look_ups = sum(math.prod(d.shape_of(n)) for n in program.maps())
+    allowed = sum(responses.values()) * lookup_variance(6, 0.0)
+    uniform = [
+        look_ups * lookup_cost(bits, p_error)
+        for bits in range(2, 17)
+        for p_error in cost_table().p_errors
+        if sum(responses.values()) * lookup_variance(bits, p_error) <= allowed
+    ]
+    assert _cost(program) <= min(uniform)
+
+
+@pytest.mark.parametrize("max_error", [0.2, 0.05])
+def test_the_error_of_look_ups_is_what_was_allowed(max_error: float) -> None:
+    assert _error(_allotted(max_error=max_error)) <= max_error
+    program = program_from(_function, SAMPLES, max_error=max_error, input_bits=12)
+    lower(program)
+    # Inputs and weights are near exact, so look-ups make all of it: about what was predicted.
+    assert max_error / 3 < _noisy_error(program) < 1.3 * max_error
+
+
+def test_a_complexity_that_may_be_spent_buys_precision() -> None:
+    costs = (2e9, 4e9, 8e9)
+    programs = [_allotted(max_cost=c) for c in costs]
+    assert all(_cost(p) <= c for p, c in zip(programs, costs, strict=True))
+    errors = [_error(p) for p in programs]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 2 * errors[-1]
+
+
+def test_a_second_width_is_taken_where_it_saves_enough() -> None:
+    program = _allotted(n_bits=4)
+    widths = set(_bits(program).values())
+    assert len(widths) == 2  # the look-ups of x.exp() hardly matter
+    (exp,) = (n for n in program.maps() if "exp" in str(d.map_of(n).graph))
+    assert exp.meta["lookup_bits"] == min(widths)
+
+
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        ({"max_error": 1e-9}, r"would have to err by 1e-09 .* at most; the widest reach \d"),
+        ({"max_cost": 10.0}, r"max_cost=10 cannot be kept; the cheapest widths cost \d"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused(budget: dict[str, float], text: str) -> None:
+    with pytest.raises(PassError, match=text):
+        _allotted(**budget)
+
+
+def test_rules_win_an_exact_one_over_expressions() -> None:
+    rules = (("re:.*exp.*", 5), ("re:map.*", 7))
+    program = _allotted(n_bits=4, p_error=0.1, rules=rules)
+    lowered = program_from(_function, SAMPLES, n_bits=4, p_error=0.1, rules=rules)
+    lower(lowered)
+    found = {n.function: n.input_bits for n in report_on([(lowered, None)]).regions[0].nodes}
+    assert set(_bits(program).values()) == set(found.values()) == {5, 7}
+    assert all((bits == 5) == ("exp" in function) for function, bits in found.items())
+    name = next(f for f in found if "exp" in f)
+    exact = _allotted(n_bits=4, p_error=0.1, rules=(*rules, (name, 9)))
+    assert sorted(set(_bits(exact).values())) == [7, 9]
 
 
 def test_a_width_chosen_before_is_kept() -> None:
-    program = float_program(lambda b, x: b.apply(x, EXP), [X])
-    program.maps()[0].meta["lookup_bits"] = 9
-    AllotBits().run(program)
-    assert program.maps()[0].meta["lookup_bits"] == 9
+    program = program_from(_function, SAMPLES, n_bits=4)
+    passes = tuple(default_pipeline())
+    place = [p.name for p in passes].index("allot-bits")
+    Pipeline(passes[:place]).run(program)
+    first = program.maps()[0]
+    first.meta["lookup_bits"] = 9
+    Pipeline((passes[place],)).run(program)
+    assert first.meta["lookup_bits"] == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_error": 0.0}, "max_error=0.0 is not a positive number"),
+        ({"max_cost": math.inf}, "max_cost=inf is not a positive number"),
+        ({"max_error": 0.1, "max_cost": 1e9}, "max_error or max_cost, not both"),
+        ({"rules": (("exp", 40),)}, r"rules: 'exp'=40 is outside \[1, 16\]"),
+        ({"rules": (("re:(", 4),)}, r"rules: 're:\(' is no regular expression"),
+        ({"rules": ("exp",)}, "rules: 'exp' is not a pattern and a width"),
+    ],
+)
+def test_bad_budgets_are_refused_when_built(options: dict[str, object], text: str) -> None:
+    with pytest.raises(OptionsError, match=text):
+        Options(**options)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ SAMPLES = [(x,) for x in seeded((2, 4))]
 
 def _scaled(function: object, weight_bits: int = 8) -> Program:
     program = program_from(function, SAMPLES)  # type: ignore[arg-type]
-    program.options = Options(n_bits=4, weight_bits=weight_bits)
+    program.options = Options(n_bits=4, weight_bits=weight_bits, p_error=0.1)
     Pipeline(tuple(default_pipeline())[:-1]).run(program)
     return program
 

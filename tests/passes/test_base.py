@@ -67,7 +67,8 @@ def test_a_missing_property_names_who_gives_it() -> None:
     with pytest.raises(PassError) as error:
         Pipeline((AllotBits(),)).run(small())
     assert str(error.value) == (
-        "Pass 1, allot-bits, requires fused, which no pass before it gives. Given by: fuse-maps."
+        "Pass 1, allot-bits, requires calibrated, fused, no-products, which no pass before it "
+        "gives. Given by: calibrate, fuse-maps, products-to-squares."
     )
 
 

@@ -22,7 +22,7 @@ from tests.programs import (
 def _room(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
     """Return the room below and above the observed range of the only look-up, in parts of it."""
     samples = [(x,) for x in seeded((1, 64, 4), seed=3)]
-    program = program_from(function, samples, n_bits=4)
+    program = program_from(function, samples, n_bits=4, p_error=0.1)
     passes = tuple(default_pipeline())[:-2]
     Pipeline(passes[:-1]).run(program)
     before = str(program)

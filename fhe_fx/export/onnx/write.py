@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,7 +125,7 @@ def _manifest(
         "origin": origin,
         "name": region.program.name,
         "module_path": region.name,
-        "options": dataclasses.asdict(region.program.options),
+        "options": region.program.options.as_dict(),
         "passes": [p.name for p in region.pipeline],
         "pipeline": str(region.pipeline),
         "encodings": {

@@ -1,0 +1,31 @@
+"""The table of what a look-up costs."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
+
+
+def test_it_rises_with_bits_and_falls_with_p_error() -> None:
+    table = cost_table()
+    p_errors = [1e-6, *table.p_errors, 0.33, 0.99]
+    for low, high in itertools.pairwise(range(2, 17)):
+        for p in p_errors:
+            assert lookup_cost(low, p) <= lookup_cost(high, p)
+    for bits in range(2, 17):
+        costs = [lookup_cost(bits, p) for p in sorted(p_errors)]
+        assert costs == sorted(costs, reverse=True)
+
+
+def test_what_was_measured_is_returned() -> None:
+    table = cost_table()
+    assert lookup_cost(6, 0.1) == pytest.approx(table.by_bits[6][table.p_errors.index(0.1)])
+
+
+def test_beyond_the_table_what_counts_is_noise_in_parts_of_the_range() -> None:
+    # Half as wide slots, and noise twice as many of them wide: as much noise as before.
+    widest = max(cost_table().by_bits)
+    assert lookup_cost(widest + 1, 0.9) == pytest.approx(lookup_cost(widest, 0.8), rel=0.02)
