@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fhe_fx import Options
 from fhe_fx.backends.reference.batch import run_batch
@@ -28,7 +27,7 @@ W = seeded((6, 6), n=1, seed=9)[0]
 
 
 def _function(x: Tensor) -> Tensor:
-    return F.gelu(torch.tanh(x @ W) @ W) + 0.01 * torch.exp(x)
+    return nn.functional.gelu(torch.tanh(x @ W) @ W) + 0.01 * torch.exp(x)
 
 
 def _allotted(**options: object) -> Program:
