@@ -3,10 +3,11 @@
     python benchmarks/lookup_cost.py            # prints the table of docs/cost.md
     python benchmarks/lookup_cost.py --write    # besides, writes the one that the compiler uses
 
-Each circuit is a look-up of inputs, sums of 32 of its answers, and a look-up of the sums, both
-behind approximate roundings of six bits, as the passes emit them. Its complexity divided by its
-look-ups is the cost of one. Only parameters are searched, so that the figures are the same on every
-machine for one version of Concrete; that takes a few minutes.
+Each circuit is a look-up of inputs, weighted sums of 64 of its answers, and a look-up of the sums,
+both behind approximate roundings of six bits, as the passes emit them. Its complexity divided by
+its look-ups is the cost of one. The 2-norm of the weights says how much noise the sums have. Only
+parameters are searched, so that the figures are the same on every machine for one version of
+Concrete; that takes ten minutes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ P_ERRORS = (
 )  # fmt: skip
 SHOWN_BITS = (4, 5, 6, 7, 8, 9)
 SHOWN = (0.8, 0.6, 0.4, 0.2, 0.1, 0.01, 1e-4)
-REMOVED_BITS, SUMS, TERMS = 6, 4, 32
+LOG_NORMS = (3, 4, 5, 6, 9, 11)
+REMOVED_BITS, SUMS, TERMS = 6, 8, 64
 
 
 def main() -> None:
@@ -36,10 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {lookup_cost.TABLE.name}")
     is_writing = parser.parse_args().write
-    costs = {
-        bits: {p: cost(bits, p) for p in (P_ERRORS if is_writing else SHOWN)}
-        for bits in (BITS if is_writing else SHOWN_BITS)
-    }
+    costs = {bits: {p: cost(bits, p, LOG_NORMS[0]) for p in SHOWN} for bits in SHOWN_BITS}
     version = f"concrete-python {installed_version('concrete-python')}"
     print(f"{version}, complexity of one look-up\n")
     print("| bits read |", " | ".join(f"p_error {p:g}" for p in SHOWN), "|")
@@ -48,20 +47,22 @@ def main() -> None:
         row = (f"{costs[bits][p]:.1e}".replace("e+0", "e") for p in SHOWN)
         print(f"| {bits} |", " | ".join(row), "|")
     if is_writing:
-        write(lookup_cost.TABLE, version, costs)
+        write(lookup_cost.TABLE, version)
 
 
-def write(path: Path, version: str, costs: dict[int, dict[float, float]]) -> None:
-    """Write the table; a row for each number of bits."""
-    rows = {
-        str(bits): [float(f"{c:.4g}") for c in monotone(list(row.values()))]
-        for bits, row in costs.items()
-    }
-    p_errors = list(next(iter(costs.values())))
-    lines = ",\n".join(f'    "{bits}": {json.dumps(row)}' for bits, row in rows.items())
+def write(path: Path, version: str) -> None:
+    """Measure and write the table: for each number of bits a row for each norm."""
+    blocks = []
+    for bits in BITS:
+        rows = [monotone([cost(bits, p, norm) for p in P_ERRORS]) for norm in LOG_NORMS]
+        rows = [[float(f"{c:.4g}") for c in row] for row in rows]
+        blocks.append(
+            f'    "{bits}": [\n      ' + ",\n      ".join(map(json.dumps, rows)) + "\n    ]"
+        )
     text = (
-        f'{{\n  "measured_on": {json.dumps(version)},\n  "p_errors": {json.dumps(p_errors)},\n'
-        f'  "complexity_by_bits": {{\n{lines}\n  }}\n}}\n'
+        f'{{\n  "measured_on": {json.dumps(version)},\n'
+        f'  "p_errors": {json.dumps(P_ERRORS)},\n  "log_norms": {json.dumps(LOG_NORMS)},\n'
+        f'  "complexity_by_bits": {{\n{",".join(blocks)}\n  }}\n}}\n'
     )
     path.write_text(text, encoding="utf-8")
 
@@ -71,21 +72,22 @@ def monotone(row: list[float]) -> list[float]:
     return [min(row[: i + 1]) for i in range(len(row))]
 
 
-def cost(bits: int, p_error: float) -> float:
-    """Return the complexity of one look-up."""
+def cost(bits: int, p_error: float, log_norm: float) -> float:
+    """Return the complexity of one look-up; sums have weights of 2-norm 2**log_norm."""
     half = 1 << (bits + REMOVED_BITS - 1)
+    weight = max(1, round(2**log_norm / TERMS**0.5))
 
-    def read(x: Any) -> Any:
+    def read(x: Any, divisor: int) -> Any:
         rounded = fhe.round_bit_pattern(
             x,
             lsbs_to_remove=REMOVED_BITS,
             exactness=fhe.Exactness.APPROXIMATE,
             overflow_protection=False,
         )
-        return fhe.univariate(lambda v: v // TERMS)(rounded)
+        return fhe.univariate(lambda v: v // divisor)(rounded)
 
     def chain(x: Any) -> Any:
-        return read(np.sum(read(x), axis=1))
+        return read(np.sum(read(x, weight * TERMS) * weight, axis=1), 1)
 
     ends = [np.full((SUMS, TERMS), value) for value in (-half, half - 1)]
     circuit = fhe.Compiler(chain, {"x": "encrypted"}).compile(ends, p_error=p_error)

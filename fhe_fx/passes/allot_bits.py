@@ -35,6 +35,7 @@ from fhe_fx.options import MAX_LOOKUP_BITS, Options
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
 from fhe_fx.quant.noise import lookup_variance
+from fhe_fx.quant.noise_level import log_norm_of
 from fhe_fx.quant.response import lookup_responses
 
 __all__ = ["AllotBits"]
@@ -76,13 +77,14 @@ class AllotBits(Pass):
     ) -> _Allotment:
         options = program.options
         budget = _Budget.of(options, [*free, *fixed])
+        log_norm = log_norm_of(program)
         by_need = sorted(free, key=lambda g: -g.response / g.look_ups)
         best: dict[bool, _Allotment] = {}
         least_error, least_cost = math.inf, math.inf
         for p_error, wide, narrow in self._choices(options):
             for n_wide in [0] if wide == narrow else range(1, len(by_need)):
                 bits = {g: wide if i < n_wide else narrow for i, g in enumerate(by_need)}
-                found = _Allotment(p_error, fixed | bits)
+                found = _Allotment(p_error, fixed | bits, log_norm)
                 least_error = min(least_error, found.error)
                 least_cost = min(least_cost, found.cost)
                 is_mixed = wide != narrow
@@ -135,6 +137,8 @@ class _Allotment:
 
     p_error: float
     bits: dict[_Group, int]
+    log_norm: float = 0.0
+    """Of the noisiest sum."""
 
     @property
     def error(self) -> float:
@@ -144,7 +148,9 @@ class _Allotment:
     @property
     def cost(self) -> float:
         """Predicted complexity."""
-        return sum(g.look_ups * lookup_cost(b, self.p_error) for g, b in self.bits.items())
+        return sum(
+            g.look_ups * lookup_cost(b, self.p_error, self.log_norm) for g, b in self.bits.items()
+        )
 
 
 @dataclass(frozen=True)

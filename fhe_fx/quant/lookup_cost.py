@@ -28,20 +28,25 @@ class CostTable:
     """Name and version of the optimizer."""
     p_errors: tuple[float, ...]
     """In rising order."""
-    by_bits: dict[int, tuple[float, ...]]
-    """For each number of input bits, the complexity at each of `p_errors`."""
+    log_norms: tuple[float, ...]
+    """Logarithms to base two of the 2-norm of the weights with which answers of look-ups are
+    summed before the next one reads them, in rising order: how much noise arrives."""
+    by_bits: dict[int, tuple[tuple[float, ...], ...]]
+    """For each number of input bits and each of `log_norms`, the complexity at each of
+    `p_errors`."""
 
-    def of(self, bits: int, p_error: float) -> float:
-        """Return the complexity of a look-up.
+    def of(self, bits: int, p_error: float, log_norm: float = 0.0) -> float:
+        """Return the complexity of a look-up in a circuit whose noisiest sum has such a norm.
 
-        Between two entries it follows the straight line through the logarithms of all three
-        figures. Beyond the last number of bits it is that of the last with the same noise: what
-        is paid for is how little noise there is, in parts of the range.
+        The norm is taken up to the next of `log_norms`. Between two `p_errors` the cost follows the
+        straight line through the logarithms. Beyond the last number of bits it is that of the last
+        with the same noise: what is paid for is how little noise there is, in parts of the range.
         """
         known = min(max(bits, min(self.by_bits)), max(self.by_bits))
         if bits > known:
             p_error = p_error_of(noise_in_slots(p_error) * 2.0 ** (known - bits))
-        row = self.by_bits[known]
+        norm = next((k for k, n in enumerate(self.log_norms) if log_norm <= n), -1)
+        row = self.by_bits[known][norm]
         x = math.log(min(max(p_error, self.p_errors[0]), self.p_errors[-1]))
         ends = pairwise(zip(map(math.log, self.p_errors), map(math.log, row), strict=True))
         (x0, y0), (x1, y1) = next(pair for pair in ends if x <= pair[1][0] + 1e-12)
@@ -52,10 +57,21 @@ class CostTable:
 def cost_table() -> CostTable:
     """Return the table that the compiler goes by."""
     data = json.loads(TABLE.read_text(encoding="utf-8"))
-    rows = {int(bits): tuple(row) for bits, row in data["complexity_by_bits"].items()}
-    return CostTable(data["measured_on"], tuple(data["p_errors"]), rows)
+    rows = {
+        int(bits): tuple(tuple(row) for row in block)
+        for bits, block in data["complexity_by_bits"].items()
+    }
+    lists = (tuple(data[key]) for key in ("p_errors", "log_norms"))
+    return CostTable(data["measured_on"], *lists, rows)
 
 
-def lookup_cost(bits: int, p_error: float) -> float:
-    """Return the complexity of a look-up that reads `bits` bits and errs with `p_error`."""
-    return cost_table().of(bits, p_error)
+@functools.cache
+def lookup_cost(bits: int, p_error: float, log_norm: float = 0.0) -> float:
+    """Return the complexity of a look-up that reads `bits` bits and errs with `p_error`.
+
+    Args:
+        bits: how many it reads.
+        p_error: probability that it reads another entry.
+        log_norm: of the noisiest sum of its circuit (`log_norm_of`).
+    """
+    return cost_table().of(bits, p_error, log_norm)

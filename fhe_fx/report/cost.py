@@ -15,6 +15,7 @@ from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.ir.views import Lookup
 from fhe_fx.quant.lookup_cost import lookup_cost
+from fhe_fx.quant.noise_level import log_norm_of
 from fhe_fx.report.machine import bootstrap_rate
 
 __all__ = ["NodeCost", "RegionCost", "Report", "report_on"]
@@ -170,7 +171,8 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
     counts = {n: math.prod(d.shape_of(n)) for n in look_ups}
     bits = {n: Lookup.of(n).bits for n in look_ups}
     p_error = program.options.chosen_p_error
-    costs = {n: counts[n] * lookup_cost(bits[n], p_error) for n in look_ups}
+    log_norm = log_norm_of(program)
+    costs = {n: counts[n] * lookup_cost(bits[n], p_error, log_norm) for n in look_ups}
     total = sum(costs.values())
     nodes = []
     for n in look_ups:

@@ -13,8 +13,9 @@ def test_it_rises_with_bits_and_falls_with_p_error() -> None:
     table = cost_table()
     p_errors = [1e-6, *table.p_errors, 0.33, 0.99]
     for low, high in itertools.pairwise(range(2, 17)):
-        for p in p_errors:
-            assert lookup_cost(low, p) <= lookup_cost(high, p)
+        for p, norm in itertools.product(p_errors, (0.0, 5.5, 20.0)):
+            assert lookup_cost(low, p, norm) <= lookup_cost(high, p, norm)
+            assert lookup_cost(low, p, 0.0) <= lookup_cost(low, p, norm)
     for bits in range(2, 17):
         costs = [lookup_cost(bits, p) for p in sorted(p_errors)]
         assert costs == sorted(costs, reverse=True)
@@ -22,7 +23,9 @@ def test_it_rises_with_bits_and_falls_with_p_error() -> None:
 
 def test_what_was_measured_is_returned() -> None:
     table = cost_table()
-    assert lookup_cost(6, 0.1) == pytest.approx(table.by_bits[6][table.p_errors.index(0.1)])
+    place = table.p_errors.index(0.1)
+    for norm, row in zip(table.log_norms, table.by_bits[6], strict=True):
+        assert lookup_cost(6, 0.1, norm) == pytest.approx(row[place])
 
 
 def test_beyond_the_table_what_counts_is_noise_in_parts_of_the_range() -> None:

@@ -1,0 +1,61 @@
+"""How much noise of look-ups' answers arrives where the next look-up reads."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.ops import LINEAR, LOOKUP, SCALE, SHIFT
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from fhe_fx.ir.program import Program
+
+__all__ = ["log_norm_of"]
+
+
+def log_norm_of(program: Program) -> float:
+    """Return log2 of the greatest 2-norm of weights with which answers of look-ups are summed.
+
+    The noise of what a look-up answers is paid for where sums multiply it before the next one: the
+    optimizer's parameters follow from the largest of these norms. Answers are taken as independent,
+    as the optimizer takes them; inputs hardly have noise.
+
+    Args:
+        program: of either stage. In float, weights count as what they will be as integers of
+            `weight_bits` bits, and factors as one, since most are absorbed by scales.
+    """
+    found: dict[fx.Node, Tensor] = {}
+    greatest = 1.0
+    for node in program.encrypted():
+        if d.is_map(node) or d.is_call(node, LOOKUP):
+            greatest = max(greatest, float(found[d.input_node(node)].max()))
+            found[node] = torch.ones(d.shape_of(node), dtype=torch.float64)
+        elif node.op == "placeholder":
+            found[node] = torch.zeros(d.shape_of(node), dtype=torch.float64)
+        else:
+            found[node] = _squared(program, node, [found[n] for n in d.operands(node)])
+    results = [float(found[n].max()) for n in program.results]
+    return 0.5 * math.log2(max(greatest, *results))
+
+
+def _squared(program: Program, node: fx.Node, inputs: list[Tensor]) -> Tensor:
+    """Return the squared norm of every element of an affine node."""
+    if d.is_call(node, SHIFT):
+        return inputs[0]
+    if d.is_call(node, d.ADD, d.SUB):
+        return inputs[0] + inputs[-1]
+    if d.is_call(node, SCALE, LINEAR):
+        weight = d.constant(d.input_node(node, 1))
+        if weight.is_floating_point():
+            largest = float(weight.abs().max()) or 1.0
+            whole = 2 ** (program.options.weight_bits - 1) - 1
+            weight = torch.ones(()) if node.target == SCALE else weight * (whole / largest)
+        weight = weight.double().square()
+        return inputs[0] * weight if node.target == SCALE else inputs[0] @ weight
+    return d.evaluate(node, *inputs)
