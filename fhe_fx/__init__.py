@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fhe_fx import passes
-from fhe_fx.api import compile, encrypt_submodule, generate, report, set_mode
+from fhe_fx.api import compile, encrypt_submodule, generate, report, set_mode, trace
 from fhe_fx.errors import FheFxError
 from fhe_fx.export import Cache, save
 from fhe_fx.inspection import inspect
@@ -31,6 +31,7 @@ __all__ = [
     "report",
     "save",
     "set_mode",
+    "trace",
 ]
 
 

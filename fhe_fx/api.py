@@ -7,16 +7,17 @@ import copy
 import dataclasses
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fhe_fx.backends import get_backend
-from fhe_fx.capture import capture, resolve_targets
+from fhe_fx.capture import capture, graph_of, resolve_targets, submodule_between
 from fhe_fx.errors import CalibrationError, CaptureError, FheFxError, TargetError
 from fhe_fx.export.cache import Cache
 from fhe_fx.export.model import save_for_two
@@ -45,6 +46,7 @@ __all__ = [
     "generate",
     "report",
     "set_mode",
+    "trace",
 ]
 
 M = TypeVar("M", bound=nn.Module)
@@ -62,8 +64,10 @@ _DEFAULT_BITS = _Default(Options.n_bits)
 
 def encrypt_submodule(
     model: M,
-    target: str | Sequence[str],
+    target: str | Sequence[str] | None = None,
     *,
+    from_nodes: str | Sequence[str] | None = None,
+    to_nodes: str | Sequence[str] | None = None,
     n_bits: int = _DEFAULT_BITS,
     max_tokens: int | Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
@@ -85,6 +89,9 @@ def encrypt_submodule(
         model: any module that `torch.export` captures. It is left as it is.
         target: dotted path of a submodule, a unique suffix, a glob, `"re:..."`, or a list of these.
             The circuits of several have keys in common; encrypt one after the other for keys apart.
+        from_nodes: in place of a target, where the model is an fx graph: names of the nodes at
+            which the encrypted region begins.
+        to_nodes: names of the nodes at which it ends. See `fhe_fx.trace`.
         n_bits: precision of a quantized activation, 4 unless the options say otherwise.
         max_tokens: rows that the circuit takes; shorter prompts are padded where the region is
             causal. By default the usual length of the calibration inputs, or 8. Several lengths,
@@ -133,6 +140,10 @@ def encrypt_submodule(
         raise CaptureError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
     if heads is not None and not _is_numbers(heads):
         raise TargetError(f"heads={heads!r} is not a list of head numbers. Try heads=[0].")
+    if from_nodes is not None or to_nodes is not None:
+        model, target = _cut_between(model, target, from_nodes, to_nodes)
+    if target is None:
+        raise TargetError("No target is given. Name a submodule, such as 'h.0.attn'.")
     paths = resolve_targets(model, target)
     _refuse_encrypted(model, paths)
     _check_weights(model, paths)
@@ -140,7 +151,7 @@ def encrypt_submodule(
     if dump_dir is not None:
         pipeline = pipeline.dumping(Path(dump_dir))
     pipeline.check()
-    copied = copy.deepcopy(model).eval()
+    copied = _copied(model).eval()
     _without_cache(copied)
     with _in_float(copied):
         sample = sample_from_model if cache is None else cache.sampled
@@ -161,6 +172,50 @@ def encrypt_submodule(
     _put(copied, found)
     save_for_two(copied)
     return copied
+
+
+def trace(model: nn.Module, example: Any) -> fx.GraphModule:
+    """Return a model as a graph whose nodes `encrypt_submodule(from_nodes=, to_nodes=)` can name.
+
+    Args:
+        model: any module that `torch.export` captures. The graph shares its parameters.
+        example: a tensor, a tuple of tensors or a mapping of keyword arguments. The graph takes
+            inputs of its shapes, as the model does; `print(graph.graph)` lists its nodes.
+
+    Raises:
+        CaptureError: if the model cannot be captured.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
+    call = _plain(model, as_call(example))
+    copied = copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
+    copied.eval()
+    _without_cache(copied)
+    return graph_of(copied, call.args, call.kwargs)
+
+
+def _cut_between(
+    model: M,
+    target: str | Sequence[str] | None,
+    from_nodes: str | Sequence[str] | None,
+    to_nodes: str | Sequence[str] | None,
+) -> tuple[M, str]:
+    """Make the region between two sets of nodes a submodule; return its name."""
+    if target is not None:
+        raise TargetError(
+            f"target={target!r} and nodes are both given. "
+            f"Give a target, or from_nodes and to_nodes."
+        )
+    if from_nodes is None or to_nodes is None:
+        missing = "from_nodes" if from_nodes is None else "to_nodes"
+        raise TargetError(f"{missing} is not given. A region has a beginning and an end.")
+    if not isinstance(model, fx.GraphModule):
+        raise TargetError(
+            f"from_nodes and to_nodes name nodes of a graph, and the model is a "
+            f"{type(model).__name__}. Give fhe_fx.trace(model, example), whose .graph lists them."
+        )
+    cut, name = submodule_between(model, from_nodes, to_nodes)
+    return cast(M, cut), name
 
 
 def _lower(
@@ -379,6 +434,13 @@ def _split_batch(call: Call) -> list[Call]:
 
 def _takes_use_cache(model: nn.Module) -> bool:
     return "use_cache" in inspect.signature(model.forward).parameters
+
+
+def _copied(model: M) -> M:
+    with warnings.catch_warnings():
+        # torch copies the structure of a traced graph's inputs by a way that it deprecates.
+        warnings.filterwarnings("ignore", message=".*treespec", category=FutureWarning)
+        return copy.deepcopy(model)
 
 
 def _without_cache(model: nn.Module) -> None:

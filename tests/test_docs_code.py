@@ -65,7 +65,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     encrypt: Callable[..., Any] = fhe_fx.encrypt_submodule
     set_mode = fhe_fx.set_mode
 
-    def encrypt_quickly(model: Any, target: Any, **choices: Any) -> Any:
+    def encrypt_quickly(model: Any, target: Any = None, **choices: Any) -> Any:
         given = choices.pop("options", None) or Options(n_bits=choices.pop("n_bits", 4))
         choices.setdefault("max_tokens", 4)
         few = {"heads": [0]} if "attn" in str(target) else {}

@@ -22,7 +22,7 @@ from fhe_fx.ir.ops import ENTER, LEAVE
 from fhe_fx.ir.program import Program
 from fhe_fx.options import Options
 
-__all__ = ["capture", "decompose", "program_of"]
+__all__ = ["capture", "decompose", "graph_of", "is_assertion", "program_of"]
 
 _KEPT_WHOLE = (
     torch.ops.aten.matmul.default,
@@ -53,15 +53,47 @@ def capture(
         CaptureError: if torch.export cannot capture the model.
     """
     with _marked(model, targets):
-        try:
-            exported = _quietly(
-                lambda: torch.export.export(model, tuple(args), dict(kwargs), strict=False)
-            )
-        except Exception as error:
-            raise CaptureError(_explain(model, error)) from error
+        exported = _export(model, args, kwargs)
     program = program_of(exported, name=type(model).__name__)
     _use_first_names(program, model)
     return program
+
+
+def graph_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.GraphModule:
+    """Trace a model as a graph of ATen operators that is called as the model is.
+
+    Args:
+        model: in eval mode.
+        args: positional example inputs, whose shapes the graph takes.
+        kwargs: keyword example inputs.
+
+    Raises:
+        CaptureError: if torch.export cannot capture the model.
+    """
+    exported = _export(model, args, kwargs)
+    module: fx.GraphModule = _quietly(lambda: exported.module(check_guards=False))
+    for node in module.graph.nodes:
+        if is_assertion(node):
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def is_assertion(node: fx.Node) -> bool:
+    """Say whether a node only checks what another computes."""
+    return node.op == "call_function" and not node.users and "_assert" in str(node.target)
+
+
+def _export(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> torch.export.ExportedProgram:
+    try:
+        exported: torch.export.ExportedProgram = _quietly(
+            lambda: torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+        )
+    except Exception as error:
+        raise CaptureError(_explain(model, error)) from error
+    return exported
 
 
 def program_of(exported: torch.export.ExportedProgram, name: str) -> Program:
@@ -90,7 +122,7 @@ def decompose(exported: torch.export.ExportedProgram) -> fx.GraphModule:
         if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
             node.replace_all_uses_with(None)
             module.graph.erase_node(node)
-        elif node.op == "call_function" and not node.users and "_assert" in str(node.target):
+        elif is_assertion(node):
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     _locate(module)

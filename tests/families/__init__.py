@@ -1,0 +1,1 @@
+"""Families of models, and parts of each."""

@@ -1,0 +1,117 @@
+"""Every part of the first block of every family is captured, and the block runs in integers.
+
+No name of a family stands in the package; what differs between them is in `zoo.py`. The blocks hold
+all other parts. Each is lowered whole and compared with float, within twice what roundings alone do
+to it; some also with the circuit that Concrete makes of it, to the bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fhe_fx
+from fhe_fx.api import encrypted_modules
+from fhe_fx.backends.concrete import ConcreteBackend
+from fhe_fx.backends.reference import ReferenceBackend
+from fhe_fx.errors import UnsupportedOpError
+from fhe_fx.export.cache import Cache
+from fhe_fx.ir.program import Program
+from fhe_fx.options import Options
+from fhe_fx.passes import Pipeline
+from fhe_fx.runtime import EncryptedModule
+from fhe_fx.runtime.module import keyed_leaves
+from tests.families.zoo import FAMILIES, Family
+from tests.programs import encode, lower_with_prediction, relative_error, run_integers
+
+FEW = Options(n_bits=6, n_samples=8, refresh_from=8)
+"""Sums of eight count as long ones, as those of a real width do."""
+TOKENS = 3
+WHOLE = [f for f in FAMILIES.values() if "block" not in f.refused]
+COMPILED = ("Qwen3", "small CNN")
+"""Whose blocks are compiled besides, which takes seconds: norms in norms, and convolutions."""
+
+
+class Captured(Cache):
+    """Leaves a region as it was captured."""
+
+    def lowered(self, captured: Program, pipeline: Pipeline) -> Program:
+        return captured
+
+
+def captured(family: Family, names: Sequence[str]) -> tuple[nn.Module, list[Tensor]]:
+    """Return a family's model with parts captured, not lowered, and inputs of the whole."""
+    model = family.build()
+    inputs = family.inputs(model, 6, TOKENS)
+    paths = [family.parts[n] for n in names if n in family.parts]
+    encrypted = fhe_fx.encrypt_submodule(
+        model, paths, calibration=inputs, options=FEW, cache=Captured()
+    )
+    return encrypted, inputs
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.name)
+def test_parts(family: Family) -> None:
+    """A part is one region of operators that have a lowering, and computes what the module does."""
+    names = {"attention", "mlp", "norm"} - set(family.refused)
+    model, inputs = captured(family, sorted(names))
+    met = []
+
+    def compare(part: EncryptedModule, args: Any, kwargs: Any, output: Any) -> None:
+        leaves = keyed_leaves(args, kwargs)
+        found = part.region.run_float([leaves[n] for n in part.signature.encrypted])
+        expected = pytree.tree_leaves(output)
+        for leaf, result in zip(part.signature.results, found, strict=True):
+            torch.testing.assert_close(result, expected[leaf], rtol=1e-4, atol=1e-5)
+        met.append(part)
+
+    for part in encrypted_modules(model):
+        part.register_forward_hook(compare, with_kwargs=True)
+    with torch.no_grad():
+        model(inputs[1])
+    assert len(met) == len(encrypted_modules(model)) == len(names & family.parts.keys())
+
+
+@pytest.mark.parametrize("family", WHOLE, ids=lambda f: f.name)
+def test_block(family: Family) -> None:
+    program = encrypted_modules(captured(family, ["block"])[0])[0].region.captured
+    expected, predicted = lower_with_prediction(program)
+    found = run_integers(program, program.samples)
+    for a, b, error in zip(expected, found, predicted, strict=True):
+        # Rounded weights and results, and what wraps, may at most double what roundings alone do.
+        assert relative_error(a, b) < 2 * error < 1
+    if family.name in COMPILED:
+        _assert_as_concrete(program)
+
+
+@pytest.mark.parametrize("part", FAMILIES["Mixtral"].refused)
+def test_experts_are_refused_with_all_their_operators(part: str) -> None:
+    """Which expert a token takes is a branch on its value."""
+    family = FAMILIES["Mixtral"]
+    path = family.parts[part]
+    with pytest.raises(UnsupportedOpError) as caught:
+        captured(family, [part])
+    first, *listed, _ = str(caught.value).splitlines()
+    assert first == f"{path}: {len(listed)} operator(s) cannot run on encrypted data."
+    assert re.fullmatch(
+        r"  aten.topk.default  layers.0.mlp.gate  modeling_mixtral.py:\d+: "
+        r"no lowering is registered for it",
+        listed[0],
+    )
+    operators = {line.split()[0] for line in listed}
+    assert {"aten.topk.default", "aten.sort.default"} < operators
+    assert all(re.match(r"  \S+  layers\.0\.mlp\.\w+  \w+\.py:\d+: ", line) for line in listed)
+
+
+def _assert_as_concrete(program: Program) -> None:
+    reference, circuit = ReferenceBackend().compile(program), ConcreteBackend().compile(program)
+    inputs = encode(program, program.samples[0], gain=1.5)
+    for a, b in zip(reference.clear(inputs), circuit.clear(inputs), strict=True):
+        np.testing.assert_array_equal(a, b)
