@@ -360,6 +360,9 @@ def test_evaluate_refuses_bad_words(tmp_path: Path) -> None:
     assert "There is no file" in evaluate(*PART, "--data", tmp_path / "none.txt")
     assert "has no submodule 'h.9.attn'" in evaluate("--submodule", "h.9.attn")
     assert not (tmp_path / "new").exists()
+    (tmp_path / "new").write_text("a file")
+    message = f"error: {tmp_path / 'new'} is no directory, and cannot be made one: File exists."
+    assert evaluate(*PART, "--data", SHIPPED + "/heldout.txt").startswith(message)
 
 
 def test_generate_streams_tokens_and_says_before_what_runs() -> None:
