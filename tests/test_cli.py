@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from fhe_fx.cli import _interruptibly, app
+from fhe_fx.cli import app
+from fhe_fx.cli.talk import interruptibly
 from fhe_fx.passes import default_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -272,7 +273,7 @@ def test_interruption_of_native_code(request: pytest.FixtureRequest) -> None:
     start = time.monotonic()
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        _interruptibly(lambda: time.sleep(5))
+        interruptibly(lambda: time.sleep(5))
     assert time.monotonic() - start < 3
 
 
