@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from fhe_fx.cli import _interruptibly, app
+from fhe_fx.cli import app
+from fhe_fx.cli.talk import interruptibly
 from fhe_fx.passes import default_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -272,7 +273,7 @@ def test_interruption_of_native_code(request: pytest.FixtureRequest) -> None:
     start = time.monotonic()
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        _interruptibly(lambda: time.sleep(5))
+        interruptibly(lambda: time.sleep(5))
     assert time.monotonic() - start < 3
 
 
@@ -360,6 +361,9 @@ def test_evaluate_refuses_bad_words(tmp_path: Path) -> None:
     assert "There is no file" in evaluate(*PART, "--data", tmp_path / "none.txt")
     assert "has no submodule 'h.9.attn'" in evaluate("--submodule", "h.9.attn")
     assert not (tmp_path / "new").exists()
+    (tmp_path / "new").write_text("a file")
+    message = f"error: {tmp_path / 'new'} is no directory, and cannot be made one: File exists."
+    assert evaluate(*PART, "--data", SHIPPED + "/heldout.txt").startswith(message)
 
 
 def test_generate_streams_tokens_and_says_before_what_runs() -> None:

@@ -20,7 +20,7 @@ def parse_bits(text: str) -> list[int]:
     """
     found: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:\.\.\s*(\d{1,9})\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,99})\s*(?:\.\.\s*(\d{1,99})\s*)?", part)
         if match is None:
             raise OptionsError(
                 f"--n-bits {text!r} is not a number, a list or a range. Write 4, 2,4,6 or 2..8."

@@ -96,7 +96,8 @@ def evaluate_submodule(
 
     Raises:
         DataError: if the sentences do not fit.
-        OptionsError: if a stage does not exist, or a number is outside its domain.
+        OptionsError: if a stage does not exist, a number is outside its domain, or `out` cannot be
+            made.
         FheFxError: whatever `encrypt_submodule` raises.
     """
     options = options or Options()
@@ -107,6 +108,7 @@ def evaluate_submodule(
     own = _OwnTexts(model, tokens, options.seed, on_progress)
     data = data or own.sentences(sentences)
     _check_data(data, tokens)
+    _make_directory(out)
     inputs = own.calibration() if calibration is None else list(calibration)
     known = [row for call in inputs for row in _token_rows(call)]
     on_progress(f"running the float model on {len(data.rows)} sentences")
@@ -237,6 +239,18 @@ def _check_data(data: Texts, tokens: int) -> None:
     longest = max(len(row) for row in data.rows)
     if longest > tokens:
         raise DataError(f"A sentence has {longest} tokens; the circuit takes {tokens}. Cut it.")
+
+
+def _make_directory(out: Path | None) -> None:
+    """Make the directory of results before minutes of work, not after."""
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionsError(
+            f"{out} is no directory, and cannot be made one: {error.strerror}. "
+            f"Give another one for results."
+        ) from error
 
 
 def _token_rows(call: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fhe_fx.errors import CalibrationError, FheFxError, OptionsError, did_you_mean
 
@@ -255,6 +255,7 @@ def load_calibration(path: Path, model: NamedModel) -> list[Any]:
         if model.exported is not None:
             return list(rows)
         is_tokens = not rows.is_floating_point()
+        _check_vocabulary(path, rows, model)
         return [{"input_ids": r.long()[None]} if is_tokens else r[None] for r in rows]
     if model.tokenizer_from is None:
         raise OptionsError(
@@ -262,6 +263,22 @@ def load_calibration(path: Path, model: NamedModel) -> list[Any]:
             f"[n, *input shape], or leave --calibration out."
         )
     return _tokenized(path, model)
+
+
+def _check_vocabulary(path: Path, rows: Tensor, model: NamedModel) -> None:
+    """Refuse numbers that the model has no word for."""
+    size = getattr(getattr(model.module, "config", None), "vocab_size", None)
+    if not isinstance(size, int):
+        return
+    if rows.is_floating_point():
+        raise CalibrationError(
+            f"{path} holds fractions; the model takes token numbers, integers below {size}."
+        )
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < size:
+        raise CalibrationError(
+            f"{path} holds token numbers from {int(rows.min())} to {int(rows.max())}; the model's "
+            f"are 0 to {size - 1}. Tokenize the text with the model's own tokenizer."
+        )
 
 
 def load_array(path: Path) -> Any:

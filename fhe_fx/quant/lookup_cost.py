@@ -61,8 +61,8 @@ def cost_table() -> CostTable:
         int(bits): tuple(tuple(row) for row in block)
         for bits, block in data["complexity_by_bits"].items()
     }
-    lists = (tuple(data[key]) for key in ("p_errors", "log_norms"))
-    return CostTable(data["measured_on"], *lists, rows)
+    p_errors, log_norms = tuple(data["p_errors"]), tuple(data["log_norms"])
+    return CostTable(data["measured_on"], p_errors, log_norms, rows)
 
 
 @functools.cache

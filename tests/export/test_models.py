@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from fhe_fx.errors import CalibrationError, OptionsError
 from fhe_fx.export.models import ModelError, NamedModel, load_calibration, load_model
+from tests.models import tiny_gpt2
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "gpt2" / "model"
 
@@ -142,6 +144,30 @@ def test_calibration_arrays(tmp_path: Path) -> None:
     real = load_calibration(tmp_path / "x.npy", NamedModel())
     assert real[0].shape == (1, 3)
     assert real[0].dtype == torch.float32
+
+
+def test_calibration_arrays_that_a_language_model_does_not_take(tmp_path: Path) -> None:
+    model = NamedModel(module=tiny_gpt2())
+    for name, rows, message in (
+        (
+            "x.npy",
+            np.zeros((2, 3)),
+            "holds fractions; the model takes token numbers, integers below",
+        ),
+        (
+            "far.npy",
+            np.array([[3, 40]]),
+            "holds token numbers from 3 to 40; the model's are 0 to 39.",
+        ),
+        (
+            "low.npy",
+            np.array([[-1, 4]]),
+            "holds token numbers from -1 to 4; the model's are 0 to 39.",
+        ),
+    ):
+        np.save(tmp_path / name, rows)
+        with pytest.raises(CalibrationError, match=re.escape(message)):
+            load_calibration(tmp_path / name, model)
 
 
 def test_calibration_files_that_mean_nothing(tmp_path: Path) -> None:

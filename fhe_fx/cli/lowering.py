@@ -1,0 +1,224 @@
+"""From a model's name and the words of a command to circuits, and what they cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fhe_fx.cli.options import head_numbers, options_of
+from fhe_fx.errors import OptionsError, TargetError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fhe_fx.backends import CircuitFacts
+    from fhe_fx.export.cache import Cache
+    from fhe_fx.export.models import NamedModel
+    from fhe_fx.ir.program import Program
+    from fhe_fx.passes import Pipeline
+    from fhe_fx.report import RegionCost
+    from fhe_fx.runtime.region import Region
+
+__all__ = [
+    "CACHE",
+    "DUMP",
+    "artefacts",
+    "costs_of",
+    "encrypted_model",
+    "kept_cache",
+    "language_model",
+    "lowered",
+    "pipeline_of",
+]
+
+DUMP = "FHE_FX_DUMP"
+"""Environment variable: a directory for the print and the data after each pass."""
+CACHE, _CACHE_GB = "FHE_FX_CACHE", "FHE_FX_CACHE_GB"
+"""Environment variables: a directory for what was lowered, or `off`; its bound."""
+
+
+def pipeline_of(passes: str | None) -> Pipeline:
+    """Return the pipeline of `--passes`, which dumps where FHE_FX_DUMP says."""
+    from fhe_fx.extend import parse_pipeline, read_pipeline
+    from fhe_fx.passes import default_pipeline
+
+    dump_dir = Path(os.environ[DUMP]) if os.environ.get(DUMP) else None
+    if passes is None:
+        return default_pipeline().dumping(dump_dir)
+    read = read_pipeline(Path(passes)) if passes.endswith(".toml") else parse_pipeline(passes)
+    return read.dumping(dump_dir)
+
+
+def kept_cache() -> Cache | None:
+    """Return where lowered programs are kept, or None if they are not."""
+    from fhe_fx.export.cache import MOST_BYTES, Cache, cache_directory
+
+    place = os.environ.get(CACHE, "")
+    if place.lower() in {"off", "0", "none"}:
+        return None
+    text = os.environ.get(_CACHE_GB, "")
+    try:
+        most = int(float(text) * 1e9) if text else MOST_BYTES
+    except (ValueError, OverflowError):
+        most = -1
+    if most < 0:
+        raise OptionsError(f"{_CACHE_GB}={text!r} is not a size in GB. Try {_CACHE_GB}=1.")
+    return Cache(Path(place) if place else cache_directory(), most)
+
+
+def lowered(
+    model: str,
+    submodules: list[str] | None,
+    n_bits: int,
+    lengths: tuple[int, ...] | None,
+    heads: str | None,
+    calibration: Path | None,
+    budget: Mapping[str, Any],
+    seed: int,
+    passes: str | None = None,
+    *,
+    is_one: bool = False,
+) -> tuple[list[Region], nn.Module | Program, NamedModel]:
+    """Load a model and lower parts of it; with `is_one`, refuse more than one circuit before.
+
+    Returns:
+        A region for each circuit; the model that they stand in, or the exported graph; what was
+        loaded.
+    """
+    from fhe_fx.export.models import load_calibration, load_model
+
+    if not submodules:
+        raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
+    chosen, pipeline = head_numbers(heads), pipeline_of(passes)
+    pipeline.check()
+    options = options_of(n_bits, seed, budget)
+    named = load_model(model, seed)
+    samples = load_calibration(calibration, named) if calibration is not None else None
+    if named.exported is not None:
+        graph, region = _exported_region(
+            named.exported, submodules, lengths, chosen, samples, options, pipeline, kept_cache()
+        )
+        return [region], graph, named
+    import fhe_fx
+    from fhe_fx.api import encrypted_modules
+    from fhe_fx.capture import resolve_targets
+
+    assert named.module is not None
+    paths = resolve_targets(named.module, submodules)
+    if is_one:
+        _one(paths)
+        if len(lengths or ()) > 1:
+            raise OptionsError(f"--tokens {','.join(map(str, lengths or ()))}: give one length.")
+    encrypted = fhe_fx.encrypt_submodule(
+        named.module,
+        submodules,
+        n_bits=n_bits,
+        max_tokens=lengths,
+        heads=chosen,
+        calibration=samples,
+        options=options,
+        passes=pipeline,
+        cache=kept_cache(),
+    )
+    return [part.region for part in encrypted_modules(encrypted)], encrypted, named
+
+
+def _exported_region(
+    exported: Any,
+    submodules: list[str],
+    lengths: tuple[int, ...] | None,
+    heads: list[int] | None,
+    samples: list[Tensor] | None,
+    options: Any,
+    pipeline: Pipeline,
+    cache: Cache | None,
+) -> tuple[Program, Region]:
+    from fhe_fx.export.exported import exported_region, exported_targets, open_exported
+    from fhe_fx.ir import dialect as d
+    from fhe_fx.runtime.lower import run_pipeline
+
+    whole = open_exported(exported)
+    path = _one([path for s in submodules for path in exported_targets(whole, s)])
+    shape = d.shape_of(whole.placeholders[0])
+    if lengths is not None and (len(shape) < 2 or lengths != (shape[1],)):
+        asked = ",".join(map(str, lengths))
+        raise OptionsError(
+            f"--tokens {asked}: the exported program takes an input of shape {list(shape)}, and "
+            f"shapes are fixed in a .pt2. Leave --tokens out, or export with {asked} tokens."
+        )
+    lower = run_pipeline if cache is None else cache.lowered
+    region = exported_region(whole, path, heads, samples, pipeline, options, lower)
+    return whole, region
+
+
+def _one(paths: list[str]) -> str:
+    if len(paths) > 1:
+        raise TargetError(
+            f"--submodule names {len(paths)} parts: {', '.join(paths[:8])}. Give one here."
+        )
+    return paths[0]
+
+
+def language_model(model: str, seed: int) -> NamedModel:
+    """Load a model that is a module.
+
+    Raises:
+        ModelError: if it is an exported program, or there is none.
+    """
+    from fhe_fx.export.models import ModelError, load_model
+
+    named = load_model(model, seed)
+    if named.module is None:
+        raise ModelError(f"{model} is an exported program; give the model that it was.")
+    return named
+
+
+def encrypted_model(
+    named: NamedModel,
+    submodule: str | None,
+    n_bits: int,
+    lengths: tuple[int, ...],
+    heads: str | None,
+    calibration: Path | None,
+    budget: Mapping[str, Any],
+    seed: int,
+) -> Any:
+    """Return a language model with one part encrypted, for each of some lengths."""
+    import fhe_fx
+    from fhe_fx.export.models import load_calibration
+
+    if submodule is None:
+        raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
+    assert named.module is not None
+    return fhe_fx.encrypt_submodule(
+        named.module,
+        submodule,
+        max_tokens=lengths,
+        heads=head_numbers(heads),
+        calibration=load_calibration(calibration, named) if calibration else None,
+        options=options_of(n_bits, seed, budget),
+        cache=kept_cache(),
+    )
+
+
+def costs_of(regions: list[Region], facts: Sequence[CircuitFacts | None]) -> tuple[RegionCost, ...]:
+    """Return what circuits cost; the length of each where a part has several."""
+    from fhe_fx.report import report_on
+
+    lengths = [r.tokens if _has_others(r, regions) else None for r in regions]
+    programs = [region.program for region in regions]
+    return report_on(list(zip(programs, facts, strict=True)), lengths).regions
+
+
+def _has_others(region: Region, regions: list[Region]) -> bool:
+    """Say whether a part has circuits of several lengths."""
+    return sum(r.circuit_name == region.circuit_name for r in regions) > 1
+
+
+def artefacts(out: Path) -> list[dict[str, Any]]:
+    """Read the manifests of the circuits in a directory that an export wrote, of one or several."""
+    from fhe_fx.export import read_artefacts
+
+    return read_artefacts(out, check_versions=False)
