@@ -32,8 +32,8 @@ class CostTable:
     """Logarithms to base two of the 2-norm of the weights with which answers of look-ups are
     summed before the next one reads them, in rising order: how much noise arrives."""
     by_bits: dict[int, tuple[tuple[float, ...], ...]]
-    """For each number of input bits and each of `log_norms`, the complexity at each of
-    `p_errors`."""
+    """For each number of input bits and each of `log_norms`, the complexity at each of `p_errors`;
+    infinite where no parameters of 128-bit security exist."""
 
     def of(self, bits: int, p_error: float, log_norm: float = 0.0) -> float:
         """Return the complexity of a look-up in a circuit whose noisiest sum has such a norm.
@@ -50,6 +50,8 @@ class CostTable:
         x = math.log(min(max(p_error, self.p_errors[0]), self.p_errors[-1]))
         ends = pairwise(zip(map(math.log, self.p_errors), map(math.log, row), strict=True))
         (x0, y0), (x1, y1) = next(pair for pair in ends if x <= pair[1][0] + 1e-12)
+        if math.isinf(y0):  # no parameters exist at the smaller of the two
+            return math.exp(y1) if x >= x1 - 1e-12 else math.inf
         return math.exp(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
 
 
@@ -58,7 +60,7 @@ def cost_table() -> CostTable:
     """Return the table that the compiler goes by."""
     data = json.loads(TABLE.read_text(encoding="utf-8"))
     rows = {
-        int(bits): tuple(tuple(row) for row in block)
+        int(bits): tuple(tuple(math.inf if c is None else c for c in row) for row in block)
         for bits, block in data["complexity_by_bits"].items()
     }
     p_errors, log_norms = tuple(data["p_errors"]), tuple(data["log_norms"])

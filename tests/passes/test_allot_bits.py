@@ -17,6 +17,7 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.passes import Pipeline, default_pipeline
 from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
 from fhe_fx.quant.noise import lookup_variance
+from fhe_fx.quant.noise_level import log_norm_of
 from fhe_fx.quant.response import lookup_responses
 from fhe_fx.report import report_on
 from tests.programs import decode, encode, lower, program_from, relative_error, run_all, seeded
@@ -50,9 +51,9 @@ def _error(program: Program) -> float:
 
 
 def _cost(program: Program) -> float:
-    p_error = program.options.chosen_p_error
+    p_error, norm = program.options.chosen_p_error, log_norm_of(program)
     return sum(
-        math.prod(d.shape_of(n)) * lookup_cost(n.meta["lookup_bits"], p_error)
+        math.prod(d.shape_of(n)) * lookup_cost(n.meta["lookup_bits"], p_error, norm)
         for n in program.maps()
     )
 
@@ -89,7 +90,7 @@ def test_nothing_of_one_width_that_keeps_to_the_budget_is_cheaper() -> None:
     look_ups = sum(math.prod(d.shape_of(n)) for n in program.maps())
     allowed = sum(responses.values()) * lookup_variance(6, 0.0)
     uniform = [
-        look_ups * lookup_cost(bits, p_error)
+        look_ups * lookup_cost(bits, p_error, log_norm_of(program))
         for bits in range(2, 17)
         for p_error in cost_table().p_errors
         if sum(responses.values()) * lookup_variance(bits, p_error) <= allowed
@@ -107,7 +108,7 @@ def test_the_error_of_look_ups_is_what_was_allowed(max_error: float) -> None:
 
 
 def test_a_complexity_that_may_be_spent_buys_precision() -> None:
-    costs = (2e9, 4e9, 8e9)
+    costs = (4e9, 8e9, 16e9)
     programs = [_allotted(max_cost=c) for c in costs]
     assert all(_cost(p) <= c for p, c in zip(programs, costs, strict=True))
     errors = [_error(p) for p in programs]
