@@ -35,8 +35,8 @@ FEW = Options(n_bits=6, n_samples=8, refresh_from=8)
 """Sums of eight count as long ones, as those of a real width do."""
 TOKENS = 3
 WHOLE = [f for f in FAMILIES.values() if "block" not in f.refused]
-COMPILED = ("Qwen3", "small CNN")
-"""Whose blocks are compiled besides, which takes seconds: norms in norms, and convolutions."""
+COMPILED = ("LLaMA", "small CNN")
+"""Whose blocks are compiled besides, which takes seconds: a decoder, and convolutions."""
 
 
 class Captured(Cache):

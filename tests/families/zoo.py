@@ -49,6 +49,13 @@ class Family:
         model: nn.Module = getattr(transformers, self.model)(config).eval()
         return model
 
+    def rows(self, model: nn.Module, tokens: int) -> int:
+        """Return the rows of an input of that many words: tokens, patches, or one sample."""
+        if not self.config:
+            return 1
+        config: Any = model.config
+        return (config.image_size // config.patch_size) ** 2 + 1 if self.of_pixels else tokens
+
     def inputs(self, model: nn.Module, n: int, tokens: int) -> list[Tensor]:
         """Return inputs of the whole model: words of which some repeat, or smooth images."""
         generator = torch.Generator().manual_seed(3)
@@ -131,7 +138,8 @@ _TINY = {
     "eos_token_id": 2,
 }
 _GROUPED = {**_TINY, "num_key_value_heads": 1}
-_ONE = {"num_hidden_layers": 1}
+_ONE = {"num_hidden_layers": 1, "vocab_size": 512}
+"""Of a released size, but for what the parts of a block do not see."""
 
 FAMILIES = {
     f.name: f
@@ -151,7 +159,7 @@ FAMILIES = {
                 "eos_token_id": 0,
                 "initializer_range": 0.4,
             },
-            {"n_layer": 1},
+            {"n_layer": 1, "vocab_size": 512},
         ),
         Family(
             "GPT-NeoX",
@@ -267,7 +275,7 @@ FAMILIES = {
                 "max_position_embeddings": 16,
                 "initializer_range": 0.4,
             },
-            {"n_layers": 1},
+            {"n_layers": 1, "vocab_size": 512},
         ),
         Family(
             "RoBERTa",
@@ -297,8 +305,8 @@ FAMILIES = {
                 "num_channels": 1,
                 "initializer_range": 0.4,
             },
-            # 16 patches of the released size; 196 of them make 38,809 pairs of a head
-            _ONE | {"image_size": 64},
+            # four patches of the released size instead of 196
+            {"num_hidden_layers": 1, "image_size": 32},
             of_pixels=True,
         ),
         Family(
@@ -320,7 +328,7 @@ FAMILIES = {
                 "vocab_size": 40,
                 "initializer_factor": 1.0,
             },
-            {"num_layers": 1},
+            {"num_layers": 1, "vocab_size": 512},
         ),
         Family(
             "Mixtral",

@@ -1,0 +1,206 @@
+"""Lowers and compiles parts of many families of models, and writes the table of what they cost.
+
+    python benchmarks/families.py                              # tiny models, every part
+    python benchmarks/families.py --size real --part attention # random weights of released sizes
+    python benchmarks/families.py --page docs/families.md      # both tables, of what was measured
+
+Each row is a process of its own and is kept when it is done, so a run that was stopped goes on
+where it was; a row is measured again when the package has changed. Look-ups and complexity are
+exact and do not depend on the machine; seconds do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fhe_fx.capture.digest import digest_of_code
+from fhe_fx.report.machine import machine_name
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the zoo is the tests'
+from tests.families.zoo import FAMILIES, PARTS  # noqa: E402
+
+STORE = ROOT / "build" / "families.jsonl"
+CALIBRATION, HELD_OUT = 48, 8
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Measure what is missing, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=("tiny", "real"), default="tiny")
+    parser.add_argument("--part", choices=PARTS, action="append", help="all without it")
+    parser.add_argument("--family", choices=list(FAMILIES), action="append", help="all without it")
+    parser.add_argument("--tokens", type=int, default=4)
+    parser.add_argument("--n-bits", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=300, help="that a row may take")
+    parser.add_argument("--store", type=Path, default=STORE, help="where rows are kept")
+    parser.add_argument("--page", type=Path, help="write the tables of what is kept, and stop")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.row:
+        print(json.dumps(measure(json.loads(given.row))))
+    elif given.page:
+        given.page.write_text(page(read(given.store)))
+    else:
+        for key in wanted(given):
+            found = attempt(key, given.seconds)
+            given.store.parent.mkdir(parents=True, exist_ok=True)
+            with given.store.open("a") as file:
+                file.write(json.dumps({**key, **found}) + "\n")
+            print(json.dumps({**key, **found}), flush=True)
+
+
+# Measuring ------------------------------------------------------------------------------------
+
+
+def wanted(given: argparse.Namespace) -> list[Row]:
+    """Return the rows that were asked for and are not kept yet."""
+    keys = [
+        {
+            "size": given.size, "family": name, "part": part, "tokens": given.tokens,
+            "n_bits": given.n_bits, "code": digest_of_code()[:12],
+        }
+        for name in given.family or FAMILIES
+        for part in given.part or PARTS
+        if part in FAMILIES[name].parts and (given.size == "tiny" or FAMILIES[name].config)
+    ]  # fmt: skip
+    kept = read(given.store)
+    return [k for k in keys if not any(k.items() <= row.items() for row in kept)]
+
+
+def read(store: Path) -> list[Row]:
+    """Return the rows that are kept."""
+    return [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
+
+
+def attempt(key: Row, seconds: float) -> Row:
+    """Measure a row in a process of its own; what it dies of is part of the result."""
+    command = [sys.executable, "-W", "ignore", __file__, "--row", json.dumps(key)]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return {"stopped": f"not done after {seconds:.0f} s", "machine": machine_name()}
+    if run.returncode:
+        last = run.stderr.strip().splitlines()[-1:] or [f"ended with {run.returncode}"]
+        return {"stopped": last[0], "machine": machine_name()}
+    found: Row = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def measure(key: Row) -> Row:
+    """Lower and compile one part; return its cost, or why it is refused."""
+    import torch
+
+    import fhe_fx
+    from fhe_fx.api import encrypted_modules
+
+    family = FAMILIES[key["family"]]
+    model = family.build(is_tiny=key["size"] == "tiny")
+    inputs = family.inputs(model, CALIBRATION + HELD_OUT, key["tokens"])
+    found: Row = {"machine": machine_name(), "rows": family.rows(model, key["tokens"])}
+    start = time.perf_counter()
+    try:
+        encrypted = fhe_fx.encrypt_submodule(
+            model,
+            family.parts[key["part"]],
+            n_bits=key["n_bits"],
+            calibration=inputs[:CALIBRATION],
+        )
+        found["lower_seconds"] = round(time.perf_counter() - start, 1)
+        (part,) = encrypted_modules(encrypted)
+        samples: list[list[torch.Tensor]] = []
+        part.register_forward_pre_hook(
+            lambda m, args, kwargs: samples.extend(m.samples_of(*args, **kwargs)), with_kwargs=True
+        )
+        with torch.no_grad():
+            for x in inputs[CALIBRATION:]:
+                encrypted(x)
+        exact = torch.stack([part.region.run_float(s)[0] for s in samples])
+        clear = torch.stack([r[0] for r in part.region.run_many(samples, "clear")])
+        found["error"] = float((clear - exact).norm() / exact.norm())
+        found["look_ups"] = fhe_fx.report(encrypted).regions[0].look_ups
+        cost = fhe_fx.compile(encrypted, verbose=False).regions[0]
+        found |= {"complexity": cost.complexity, "bits": cost.max_lookup_bits}
+    except fhe_fx.FheFxError as error:
+        found["refused"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+# The page -------------------------------------------------------------------------------------
+
+
+INTRODUCTION = """<!-- Written by `python benchmarks/families.py --page docs/families.md`. -->
+
+# Families of models
+
+Parts of the first block of many classes of transformers, with random weights: lowered, compiled, and
+compared with float. Nothing in the package knows a family. The zoo is `tests/families/zoo.py`; what
+is refused lacks an operator, which a lowering would add.
+
+A token is a row of the input: of a ViT a patch, of the plain networks a sample. The error is the root
+mean square difference of the part's first result from float, in parts of its root mean square, in
+integers (mode `clear`), on eight inputs that calibration had not seen. Weights and words are random,
+so errors say whether a lowering is right, and not how a trained model behaves: for that see
+[accuracy](accuracy.md). Look-ups and complexity are exact and the same everywhere.
+"""
+
+
+def page(rows: list[Row]) -> str:
+    """Write the tables, the newest of each row."""
+    newest = {(r["size"], r["family"], r["part"], r["tokens"], r["n_bits"]): r for r in rows}
+    machines = sorted({r["machine"] for r in newest.values()})
+    lines = [INTRODUCTION]
+    for size, title in (("real", "Released sizes"), ("tiny", "Tiny models")):
+        chosen = [r for key, r in sorted(newest.items(), key=_order) if key[0] == size]
+        for tokens, n_bits in dict.fromkeys((r["tokens"], r["n_bits"]) for r in chosen):
+            some = [r for r in chosen if (r["tokens"], r["n_bits"]) == (tokens, n_bits)]
+            lines += [f"## {title}, {tokens} tokens, `n_bits={n_bits}`", ""]
+            lines += [
+                f"`python benchmarks/families.py{' --size real' if size == 'real' else ''}",
+                "",
+            ]
+            lines[-2] += f" --tokens {tokens} --n-bits {n_bits}`"
+            lines += _table(some)
+    lines += ["", f"Measured on {'; '.join(machines)}.", ""]
+    return "\n".join(lines)
+
+
+def _order(item: tuple[tuple[Any, ...], Row]) -> tuple[int, int, int]:
+    _, family, part, tokens, _ = item[0]
+    return tokens, list(FAMILIES).index(family), PARTS.index(part)
+
+
+def _table(rows: list[Row]) -> list[str]:
+    lines = [
+        "| family | part | look-ups | per token | complexity | bits | error | seconds to lower |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    notes: dict[str, int] = {}
+    for r in rows:
+        head = f"| {r['family']} | {r['part']} |"
+        reason = r.get("refused") or r.get("stopped")
+        if reason:
+            number = notes.setdefault(reason, len(notes) + 1)
+            counted = f"{r['look_ups']:,}" if "look_ups" in r else ""
+            error = f"{r['error']:.3f}" if "error" in r else ""
+            what = "refused" if "refused" in r else "stopped"
+            lines.append(f"{head} {counted} | | {what} ({number}) | | {error} | |")
+            continue
+        lines.append(
+            f"{head} {r['look_ups']:,} | {r['look_ups'] / r['rows']:,.0f} | "
+            f"{r['complexity']:.1e} | {r['bits']} | {r['error']:.3f} | {r['lower_seconds']:.0f} |"
+        )
+    for reason, number in notes.items():
+        lines += ["", f"({number})", "", "```text", reason, "```"]
+    return lines
+
+
+if __name__ == "__main__":
+    main()
