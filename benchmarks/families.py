@@ -140,15 +140,15 @@ INTRODUCTION = """<!-- Written by `python benchmarks/families.py --page docs/fam
 
 # Families of models
 
-Parts of the first block of many classes of transformers, with random weights: lowered, compiled, and
-compared with float. Nothing in the package knows a family. The zoo is `tests/families/zoo.py`; what
-is refused lacks an operator, which a lowering would add.
+Parts of the first block of many classes of transformers, with random weights: lowered, compiled,
+and compared with float. Nothing in the package knows a family. The zoo is `tests/families/zoo.py`;
+what is refused lacks an operator, which a lowering would add.
 
-A token is a row of the input: of a ViT a patch, of the plain networks a sample. The error is the root
-mean square difference of the part's first result from float, in parts of its root mean square, in
-integers (mode `clear`), on eight inputs that calibration had not seen. Weights and words are random,
-so errors say whether a lowering is right, and not how a trained model behaves: for that see
-[accuracy](accuracy.md). Look-ups and complexity are exact and the same everywhere.
+A token is a row of the input: of a ViT a patch, of the plain networks a sample. The error is the
+root mean square difference of the part's first result from float, in parts of its root mean
+square, in integers (mode `clear`), on eight inputs that calibration had not seen. Weights and
+words are random, so errors say whether a lowering is right, and not how a trained model behaves:
+for that see [accuracy](accuracy.md). Look-ups and complexity are exact and the same everywhere.
 """
 
 
