@@ -149,6 +149,8 @@ root mean square difference of the part's first result from float, in parts of i
 square, in integers (mode `clear`), on eight inputs that calibration had not seen. Weights and
 words are random, so errors say whether a lowering is right, and not how a trained model behaves:
 for that see [accuracy](accuracy.md). Look-ups and complexity are exact and the same everywhere.
+
+Parts that are not listed were not measured yet; the command goes on where it was.
 """
 
 
