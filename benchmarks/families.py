@@ -150,7 +150,8 @@ square, in integers (mode `clear`), on eight inputs that calibration had not see
 words are random, so errors say whether a lowering is right, and not how a trained model behaves:
 for that see [accuracy](accuracy.md). Look-ups and complexity are exact and the same everywhere.
 
-Parts that are not listed were not measured yet; the command goes on where it was.
+Parts that are not listed were not measured yet, or did not end in the time allowed while the
+machine was busy with other work; the command goes on where it was.
 """
 
 
@@ -164,13 +165,10 @@ def page(rows: list[Row]) -> str:
         for tokens, n_bits in dict.fromkeys((r["tokens"], r["n_bits"]) for r in chosen):
             some = [r for r in chosen if (r["tokens"], r["n_bits"]) == (tokens, n_bits)]
             lines += [f"## {title}, {tokens} tokens, `n_bits={n_bits}`", ""]
-            lines += [
-                f"`python benchmarks/families.py{' --size real' if size == 'real' else ''}",
-                "",
-            ]
-            lines[-2] += f" --tokens {tokens} --n-bits {n_bits}`"
-            lines += _table(some)
-    lines += ["", f"Measured on {'; '.join(machines)}.", ""]
+            of_size = " --size real" if size == "real" else ""
+            command = f"python benchmarks/families.py{of_size} --tokens {tokens}"
+            lines += [f"`{command} --n-bits {n_bits}`", "", *_table(some), ""]
+    lines += [f"Measured on {'; '.join(machines)}.", ""]
     return "\n".join(lines)
 
 
