@@ -140,15 +140,18 @@ INTRODUCTION = """<!-- Written by `python benchmarks/families.py --page docs/fam
 
 # Families of models
 
-Parts of the first block of many classes of transformers, with random weights: lowered, compiled, and
-compared with float. Nothing in the package knows a family. The zoo is `tests/families/zoo.py`; what
-is refused lacks an operator, which a lowering would add.
+Parts of the first block of many classes of transformers, with random weights: lowered, compiled,
+and compared with float. Nothing in the package knows a family. The zoo is `tests/families/zoo.py`;
+what is refused lacks an operator, which a lowering would add.
 
-A token is a row of the input: of a ViT a patch, of the plain networks a sample. The error is the root
-mean square difference of the part's first result from float, in parts of its root mean square, in
-integers (mode `clear`), on eight inputs that calibration had not seen. Weights and words are random,
-so errors say whether a lowering is right, and not how a trained model behaves: for that see
-[accuracy](accuracy.md). Look-ups and complexity are exact and the same everywhere.
+A token is a row of the input: of a ViT a patch, of the plain networks a sample. The error is the
+root mean square difference of the part's first result from float, in parts of its root mean
+square, in integers (mode `clear`), on eight inputs that calibration had not seen. Weights and
+words are random, so errors say whether a lowering is right, and not how a trained model behaves:
+for that see [accuracy](accuracy.md). Look-ups and complexity are exact and the same everywhere.
+
+Parts that are not listed were not measured yet, or did not end in the time allowed while the
+machine was busy with other work; the command goes on where it was.
 """
 
 
@@ -162,13 +165,10 @@ def page(rows: list[Row]) -> str:
         for tokens, n_bits in dict.fromkeys((r["tokens"], r["n_bits"]) for r in chosen):
             some = [r for r in chosen if (r["tokens"], r["n_bits"]) == (tokens, n_bits)]
             lines += [f"## {title}, {tokens} tokens, `n_bits={n_bits}`", ""]
-            lines += [
-                f"`python benchmarks/families.py{' --size real' if size == 'real' else ''}",
-                "",
-            ]
-            lines[-2] += f" --tokens {tokens} --n-bits {n_bits}`"
-            lines += _table(some)
-    lines += ["", f"Measured on {'; '.join(machines)}.", ""]
+            of_size = " --size real" if size == "real" else ""
+            command = f"python benchmarks/families.py{of_size} --tokens {tokens}"
+            lines += [f"`{command} --n-bits {n_bits}`", "", *_table(some), ""]
+    lines += [f"Measured on {'; '.join(machines)}.", ""]
     return "\n".join(lines)
 
 

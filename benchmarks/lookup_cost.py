@@ -3,10 +3,10 @@
     python benchmarks/lookup_cost.py            # prints the table of docs/cost.md
     python benchmarks/lookup_cost.py --write    # besides, writes the one that the compiler uses
 
-Each circuit is a look-up of inputs, weighted sums of up to 64 of its answers, and a look-up of the sums,
-both behind approximate roundings of six bits, as the passes emit them. Its complexity divided by
-its look-ups is the cost of one. The 2-norm of the weights says how much noise the sums have. Only
-parameters are searched, so that the figures are the same on every machine for one version of
+Each circuit is a look-up of inputs, weighted sums of up to 64 of its answers, and a look-up of the
+sums, both behind approximate roundings of six bits, as the passes emit them. Its complexity divided
+by its look-ups is the cost of one. The 2-norm of the weights says how much noise the sums have.
+Only parameters are searched, so that the figures are the same on every machine for one version of
 Concrete; that takes ten minutes.
 """
 
@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from concrete import fhe  # noqa: TID251 -- it is Concrete's optimizer that is measured
 
 from fhe_fx.quant import lookup_cost
@@ -54,13 +54,12 @@ def main() -> None:
 
 def write(path: Path, version: str) -> None:
     """Measure and write the table: for each number of bits a row for each norm."""
+    found = np.array([[[cost(b, p, k) for p in P_ERRORS] for k in LOG_NORMS] for b in BITS])
     blocks = []
-    for bits in BITS:
-        rows = [monotone([cost(bits, p, norm) for p in P_ERRORS]) for norm in LOG_NORMS]
-        rows = [[None if math.isinf(c) else float(f"{c:.4g}") for c in row] for row in rows]
-        blocks.append(
-            f'    "{bits}": [\n      ' + ",\n      ".join(map(json.dumps, rows)) + "\n    ]"
-        )
+    for bits, block in zip(BITS, monotone(found), strict=True):
+        rows = [[None if np.isinf(c) else float(f"{c:.4g}") for c in row] for row in block]
+        text = ",\n      ".join(map(json.dumps, rows))
+        blocks.append(f'    "{bits}": [\n      {text}\n    ]')
     text = (
         f'{{\n  "measured_on": {json.dumps(version)},\n'
         f'  "p_errors": {json.dumps(P_ERRORS)},\n  "log_norms": {json.dumps(LOG_NORMS)},\n'
@@ -69,9 +68,14 @@ def write(path: Path, version: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def monotone(row: list[float]) -> list[float]:
-    """Make a row fall with `p_error`: parameters for a smaller one serve a larger one too."""
-    return [min(row[: i + 1]) for i in range(len(row))]
+def monotone(costs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Lower costs `[bits, norms, p_errors]` to those of parameters that were found for more.
+
+    What serves more bits, a larger norm and a smaller `p_error` serves less, too.
+    """
+    for axis in (0, 1):
+        costs = np.flip(np.minimum.accumulate(np.flip(costs, axis), axis), axis)
+    return np.minimum.accumulate(costs, 2)
 
 
 def cost(bits: int, p_error: float, log_norm: int) -> float:
@@ -96,7 +100,8 @@ def cost(bits: int, p_error: float, log_norm: int) -> float:
         return fhe.univariate(lambda v: v // divisor)(rounded)
 
     def chain(x: Any) -> Any:
-        return read(np.sum(read(x, weight * terms) * weight, axis=1), 1 << (bits + REMOVED_BITS - RESULT_BITS))
+        sums = np.sum(read(x, weight * terms) * weight, axis=1)
+        return read(sums, 1 << (bits + REMOVED_BITS - RESULT_BITS))
 
     ends = [np.full((SUMS, terms), value) for value in (-half, half - 1)]
     try:
@@ -104,8 +109,9 @@ def cost(bits: int, p_error: float, log_norm: int) -> float:
     except RuntimeError as error:
         if "NoParametersFound" not in str(error):
             raise
-        return math.inf
-    return float(circuit.complexity) / (SUMS * terms + SUMS)
+        return float("inf")
+    complexity: float = circuit.complexity
+    return complexity / (SUMS * terms + SUMS)
 
 
 if __name__ == "__main__":

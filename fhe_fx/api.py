@@ -17,9 +17,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fhe_fx.backends import get_backend
-from fhe_fx.capture import capture, graph_of, resolve_targets, submodule_between
+from fhe_fx.capture import (
+    capture,
+    graph_of,
+    graph_of_exported,
+    resolve_targets,
+    submodule_between,
+    submodules_of,
+)
 from fhe_fx.errors import CalibrationError, CaptureError, FheFxError, TargetError
 from fhe_fx.export.cache import Cache
+from fhe_fx.export.files import graph_of_file
 from fhe_fx.export.model import save_for_two
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import ENTER, LEAVE
@@ -86,7 +94,8 @@ def encrypt_submodule(
     """Return a copy of a model in which a submodule can run on encrypted data.
 
     Args:
-        model: any module that `torch.export` captures. It is left as it is.
+        model: any module that `torch.export` captures, or an fx graph (`fhe_fx.trace` makes one of
+            an exported program or an ONNX file). It is left as it is.
         target: dotted path of a submodule, a unique suffix, a glob, `"re:..."`, or a list of these.
             The circuits of several have keys in common; encrypt one after the other for keys apart.
         from_nodes: in place of a target, where the model is an fx graph: names of the nodes at
@@ -136,6 +145,8 @@ def encrypt_submodule(
     }
     known = {k: v for k, v in given.items() if v is not None}
     options = dataclasses.replace(options or Options(), **known)  # type: ignore[arg-type]
+    if isinstance(model, torch.export.ExportedProgram):
+        raise CaptureError("The model is an ExportedProgram; give its graph, fhe_fx.trace(model).")
     if not isinstance(model, nn.Module):
         raise CaptureError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
     if heads is not None and not _is_numbers(heads):
@@ -144,6 +155,9 @@ def encrypt_submodule(
         model, target = _cut_between(model, target, from_nodes, to_nodes)
     if target is None:
         raise TargetError("No target is given. Name a submodule, such as 'h.0.attn'.")
+    if isinstance(model, fx.GraphModule):
+        cut, target = submodules_of(model, target)
+        model = cast(M, cut)
     paths = resolve_targets(model, target)
     _refuse_encrypted(model, paths)
     _check_weights(model, paths)
@@ -174,19 +188,35 @@ def encrypt_submodule(
     return copied
 
 
-def trace(model: nn.Module, example: Any) -> fx.GraphModule:
-    """Return a model as a graph whose nodes `encrypt_submodule(from_nodes=, to_nodes=)` can name.
+def trace(
+    model: nn.Module | torch.export.ExportedProgram | str | Path, example: Any = None
+) -> fx.GraphModule:
+    """Return a model as a graph of which `encrypt_submodule` takes a part.
+
+    The part is named as a submodule of the model that it was, where the graph records those, or by
+    nodes (`from_nodes=`, `to_nodes=`); `print(graph.graph)` lists them.
 
     Args:
-        model: any module that `torch.export` captures. The graph shares its parameters.
-        example: a tensor, a tuple of tensors or a mapping of keyword arguments. The graph takes
-            inputs of its shapes, as the model does; `print(graph.graph)` lists its nodes.
+        model: any module that `torch.export` captures, an exported program, or the path of a `.pt2`
+            or `.onnx` file. The graph of a module shares its parameters.
+        example: for a module, one input of it: a tensor, a tuple of tensors or a mapping of keyword
+            arguments. The graph takes inputs of its shapes, as the model does.
 
     Raises:
-        CaptureError: if the model cannot be captured.
+        CaptureError: if the model cannot be captured, or its shapes are dynamic.
+        UnsupportedOpError: lists all operators of an ONNX file that have no translation.
+        ModelError: if a file does not exist or cannot be read.
     """
+    if isinstance(model, (str, Path)):
+        return graph_of_file(Path(model))
+    if isinstance(model, torch.export.ExportedProgram):
+        return graph_of_exported(model)
     if not isinstance(model, nn.Module):
         raise CaptureError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
+    if example is None:
+        raise CaptureError(
+            "A module is traced on an input. Give one: fhe_fx.trace(model, example)."
+        )
     call = _plain(model, as_call(example))
     copied = copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
     copied.eval()

@@ -255,7 +255,7 @@ def test_bits_for_which_no_parameters_exist() -> None:
     first, *_, last = str(caught.value).splitlines()
     assert first.startswith(
         "inner: no parameters of 128-bit security exist for this circuit. Its widest look-up reads "
-        "14 of "
+        "16 of "
     )
     assert last.startswith("Try n_bits=1")
     assert re.fullmatch(r"Try n_bits=\d+: it compiles, with keys of \d+\.\d GB\.", last)

@@ -256,6 +256,22 @@ def test_exported_program(tmp_path: Path) -> None:
     assert "shapes are fixed in a .pt2" in refused("report", *part, "--tokens", 9)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_onnx_model(tmp_path: Path) -> None:
+    import torch
+
+    from tests.export.conftest import make_inputs, make_net
+
+    path = tmp_path / "net.onnx"
+    torch.onnx.export(make_net(), (make_inputs()[0],), path, dynamo=True, verbose=False)
+    np.save(tmp_path / "x.npy", torch.cat(make_inputs()).numpy())
+    part = [path, "--submodule", "body", "--calibration", tmp_path / "x.npy"]
+    result = invoke("export", *part, "--circuit-only", "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["validation"]["is_clear_equal"]
+    assert "no submodule 'bdy'" in refused("report", path, "--submodule", "bdy")
+
+
 def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

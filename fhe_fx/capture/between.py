@@ -15,9 +15,10 @@ import torch
 from torch import fx, nn
 
 from fhe_fx.capture.export import is_assertion
+from fhe_fx.capture.targets import resolve_targets
 from fhe_fx.errors import CaptureError, TargetError, did_you_mean
 
-__all__ = ["BETWEEN", "submodule_between"]
+__all__ = ["BETWEEN", "submodule_between", "submodules_of"]
 
 BETWEEN = "between"
 """Name of the submodule that `submodule_between` makes, where nothing else has it."""
@@ -58,6 +59,76 @@ def submodule_between(
     region = [n for n in graph.nodes if n in after and n in before and n.op.startswith("call_")]
     name = _fresh(graph_module)
     return _compose(graph_module, region, after, name), name
+
+
+def submodules_of(
+    graph_module: fx.GraphModule, target: str | Sequence[str]
+) -> tuple[fx.GraphModule, list[str]]:
+    """Make submodules again of what a flat graph knows as the nodes of submodules.
+
+    Graphs that `torch.export` writes say of each node in which submodules of the model it stood.
+
+    Args:
+        graph_module: any fx graph; left as it is.
+        target: as `resolve_targets` takes it, on the graph's own submodules and those it records.
+
+    Returns:
+        A graph that computes the same, and the paths of the targets in it. What was
+        `h.0.attn` in the model is `h_0_attn`.
+
+    Raises:
+        TargetError: as `resolve_targets`.
+        CaptureError: if a submodule is not one region of the graph.
+    """
+    recorded = {p for n in graph_module.graph.nodes for p in _stack(n)}
+    own = {p for p, _ in graph_module.named_modules() if p}
+    called = {str(n.target) for n in graph_module.graph.nodes if n.op == "call_module"}
+    if not recorded or (isinstance(target, str) and target in called):
+        return graph_module, resolve_targets(graph_module, target)
+    root: nn.Module = type("GraphModule", (nn.Module,), {})()
+    for path in sorted(recorded | own):
+        holder = root
+        for name in path.split("."):
+            if name not in holder._modules:
+                holder.add_module(name, nn.Module())
+            holder = holder.get_submodule(name)
+    names = []
+    for path in resolve_targets(root, target):
+        if path in called:
+            names.append(path)
+            continue
+        region = [
+            n
+            for n in graph_module.graph.nodes
+            if n.op.startswith("call_") and path in _stack(n) and not is_assertion(n)
+        ]
+        if not region:
+            raise CaptureError(f"{path}: no node of the graph belongs to it. Choose another.")
+        region = _with_between(graph_module.graph, region, path)
+        name = _fresh(graph_module, path.replace(".", "_"))
+        graph_module = _compose(graph_module, region, _reached(region, forward=True), name)
+        names.append(name)
+    return graph_module, names
+
+
+def _stack(node: fx.Node) -> list[str]:
+    """Return the paths of the submodules in which a node stood, where the graph records them."""
+    stack: Any = node.meta.get("nn_module_stack") or {}
+    return [p for p in (str(path).split("@")[0] for path, _ in stack.values()) if p]
+
+
+def _with_between(graph: fx.Graph, region: Sequence[fx.Node], path: str) -> list[fx.Node]:
+    """Return the region with what lies between its nodes, if that is of no other submodule."""
+    inside = set(region)
+    after, before = _reached(region, forward=True), _reached(region, forward=False)
+    between = [n for n in graph.nodes if n in after and n in before and n not in inside]
+    if others := [n for n in between if _stack(n)]:
+        raise CaptureError(
+            f"{path} is not one region of the graph: {', '.join(n.name for n in others[:8])} "
+            f"lie between two of its nodes. Choose from_nodes and to_nodes around them."
+        )
+    inside.update(between)
+    return [n for n in graph.nodes if n in inside]
 
 
 def _named(graph: fx.Graph, names: str | Sequence[str], argument: str) -> list[fx.Node]:
@@ -111,11 +182,11 @@ def _check_connected(
         )
 
 
-def _fresh(module: nn.Module) -> str:
-    number, name = 0, BETWEEN
+def _fresh(module: nn.Module, wanted: str = BETWEEN) -> str:
+    number, name = 0, wanted
     while hasattr(module, name):
         number += 1
-        name = f"{BETWEEN}_{number}"
+        name = f"{wanted}_{number}"
     return name
 
 

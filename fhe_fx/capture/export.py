@@ -22,7 +22,15 @@ from fhe_fx.ir.ops import ENTER, LEAVE
 from fhe_fx.ir.program import Program
 from fhe_fx.options import Options
 
-__all__ = ["capture", "decompose", "graph_of", "is_assertion", "program_of"]
+__all__ = [
+    "capture",
+    "check_static",
+    "decompose",
+    "graph_of",
+    "graph_of_exported",
+    "is_assertion",
+    "program_of",
+]
 
 _KEPT_WHOLE = (
     torch.ops.aten.matmul.default,
@@ -70,13 +78,36 @@ def graph_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     Raises:
         CaptureError: if torch.export cannot capture the model.
     """
-    exported = _export(model, args, kwargs)
+    return graph_of_exported(_export(model, args, kwargs))
+
+
+def graph_of_exported(exported: torch.export.ExportedProgram) -> fx.GraphModule:
+    """Return the graph of an exported program, without its checks of inputs.
+
+    Raises:
+        CaptureError: if its shapes are dynamic.
+    """
     module: fx.GraphModule = _quietly(lambda: exported.module(check_guards=False))
     for node in module.graph.nodes:
+        if node.op == "placeholder" and isinstance(value := node.meta.get("val"), Tensor):
+            check_static(node.name, value)
         if is_assertion(node):
             module.graph.erase_node(node)
     module.recompile()
     return module
+
+
+def check_static(name: str, value: Tensor) -> None:
+    """Refuse an input of an exported program whose shape is not known.
+
+    Raises:
+        CaptureError: names it.
+    """
+    if not all(isinstance(n, int) for n in value.shape):
+        raise CaptureError(
+            f"The exported program's input {name} has the dynamic shape {list(value.shape)}; a "
+            f"circuit has one shape. Export without dynamic_shapes."
+        )
 
 
 def is_assertion(node: fx.Node) -> bool:

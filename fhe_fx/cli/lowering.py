@@ -101,18 +101,23 @@ def lowered(
             named.exported, submodules, lengths, chosen, samples, options, pipeline, kept_cache()
         )
         return [region], graph, named
+    from torch import fx
+
     import fhe_fx
     from fhe_fx.api import encrypted_modules
-    from fhe_fx.capture import resolve_targets
+    from fhe_fx.capture import resolve_targets, submodules_of
 
     assert named.module is not None
-    paths = resolve_targets(named.module, submodules)
+    module = named.module
+    if isinstance(module, fx.GraphModule):
+        module, submodules = submodules_of(module, submodules)
+    paths = resolve_targets(module, submodules)
     if is_one:
         _one(paths)
         if len(lengths or ()) > 1:
             raise OptionsError(f"--tokens {','.join(map(str, lengths or ()))}: give one length.")
     encrypted = fhe_fx.encrypt_submodule(
-        named.module,
+        module,
         submodules,
         n_bits=n_bits,
         max_tokens=lengths,

@@ -96,7 +96,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Model = Annotated[
     str,
     typer.Argument(
-        help="A Hugging Face directory or hub name, smollm2, random:gpt2, or a .pt2 file."
+        help="A Hugging Face directory or hub name, smollm2, random:gpt2, a .pt2 or an .onnx file."
     ),
 ]
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fhe_fx.capture import program_of, resolve_targets
-from fhe_fx.errors import CalibrationError, CaptureError
+from fhe_fx.capture.export import check_static
+from fhe_fx.errors import CalibrationError
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.program import Program
 from fhe_fx.options import Options
@@ -35,12 +36,7 @@ def open_exported(exported: torch.export.ExportedProgram) -> Program:
     """
     whole = program_of(exported, "ExportedProgram")
     for node in whole.placeholders:
-        if not all(isinstance(n, int) for n in node.meta["val"].shape):
-            raise CaptureError(
-                f"The exported program's input {node.name} has the dynamic shape "
-                f"{list(node.meta['val'].shape)}; a circuit has one shape. Export without "
-                f"dynamic_shapes."
-            )
+        check_static(node.name, node.meta["val"])
     return whole
 
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from fhe_fx.errors import CalibrationError, FheFxError, OptionsError, did_you_mean
 
-__all__ = ["ModelError", "NamedModel", "load_calibration", "load_model"]
+__all__ = ["ModelError", "NamedModel", "load_calibration", "load_exported", "load_model"]
 
 _WAYS = (
     "MODEL is a Hugging Face directory, a hub name (gpt2, owner/name), smollm2 (a pretrained model "
-    "out of a Python package), random:gpt2 (random:TYPE for any model type of transformers), or a "
-    ".pt2 file of torch.export.save."
+    "out of a Python package), random:gpt2 (random:TYPE for any model type of transformers), a "
+    ".pt2 file of torch.export.save, or an .onnx file of a float model."
 )
 
 
@@ -73,7 +73,11 @@ def load_model(name: str, seed: int = 0) -> NamedModel:
     if name.startswith("random:"):
         return NamedModel(module=_random_model(name.removeprefix("random:"), seed))
     if name.endswith(".pt2"):
-        return NamedModel(exported=_exported(Path(name)))
+        return NamedModel(exported=load_exported(Path(name)))
+    if name.endswith(".onnx"):
+        from fhe_fx.export.onnx.read import read_onnx
+
+        return NamedModel(module=read_onnx(Path(name)))
     _quiet_transformers()
     if name in _PACKAGED and not Path(name).exists():
         return _from_package(name, *_PACKAGED[name])
@@ -100,7 +104,12 @@ def _quiet_transformers() -> None:
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
-def _exported(path: Path) -> torch.export.ExportedProgram:
+def load_exported(path: Path) -> torch.export.ExportedProgram:
+    """Read a `.pt2` file.
+
+    Raises:
+        ModelError: if there is none, or it cannot be read.
+    """
     if not path.is_file():
         raise ModelError(f"There is no file {path}. {_WAYS}")
     try:
@@ -256,6 +265,8 @@ def load_calibration(path: Path, model: NamedModel) -> list[Any]:
             return list(rows)
         is_tokens = not rows.is_floating_point()
         _check_vocabulary(path, rows, model)
+        if isinstance(model.module, torch.fx.GraphModule):
+            return [r.long()[None] if is_tokens else r[None] for r in rows]
         return [{"input_ids": r.long()[None]} if is_tokens else r[None] for r in rows]
     if model.tokenizer_from is None:
         raise OptionsError(

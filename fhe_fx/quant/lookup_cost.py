@@ -38,15 +38,15 @@ class CostTable:
     def of(self, bits: int, p_error: float, log_norm: float = 0.0) -> float:
         """Return the complexity of a look-up in a circuit whose noisiest sum has such a norm.
 
-        The norm is taken up to the next of `log_norms`. Between two `p_errors` the cost follows the
+        The norm is taken to the nearest of `log_norms`. Between two `p_errors` the cost follows the
         straight line through the logarithms. Beyond the last number of bits it is that of the last
         with the same noise: what is paid for is how little noise there is, in parts of the range.
         """
         known = min(max(bits, min(self.by_bits)), max(self.by_bits))
         if bits > known:
             p_error = p_error_of(noise_in_slots(p_error) * 2.0 ** (known - bits))
-        norm = next((k for k, n in enumerate(self.log_norms) if log_norm <= n), -1)
-        row = self.by_bits[known][norm]
+        norm = min(self.log_norms, key=lambda n: abs(n - log_norm))
+        row = self.by_bits[known][self.log_norms.index(norm)]
         x = math.log(min(max(p_error, self.p_errors[0]), self.p_errors[-1]))
         ends = pairwise(zip(map(math.log, self.p_errors), map(math.log, row), strict=True))
         (x0, y0), (x1, y1) = next(pair for pair in ends if x <= pair[1][0] + 1e-12)

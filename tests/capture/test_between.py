@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,3 +224,26 @@ def test_refuses_half_a_choice(given: dict[str, Any], message: str) -> None:
     with pytest.raises(TargetError) as caught:
         fhe_fx.encrypt_submodule(Mlp(), **given, calibration=mlp_inputs())
     assert str(caught.value) == message
+
+
+def test_submodules_of_an_exported_program(tmp_path: Path) -> None:
+    model, ids = tiny_gpt2(is_base=True), token_inputs()
+    model.config.use_cache = False
+    torch.export.save(torch.export.export(model, (ids[0],), strict=False), tmp_path / "m.pt2")
+    graph = fhe_fx.trace(tmp_path / "m.pt2")
+    outputs = []
+    for one in (graph, model):
+        encrypted = fhe_fx.encrypt_submodule(one, "h.0.attn", calibration=ids, options=FEW)
+        fhe_fx.set_mode(encrypted, "clear")
+        with torch.no_grad():
+            outputs.append(encrypted(ids[1])[0])
+    assert torch.equal(*outputs)  # the same nodes, so the same integers
+    with pytest.raises(TargetError, match=r"has no submodule 'h.0.atn'. Did you mean 'h.0.attn'"):
+        fhe_fx.encrypt_submodule(graph, "h.0.atn", calibration=ids)
+    with pytest.raises(CaptureError, match=r"give its graph, fhe_fx\.trace"):
+        fhe_fx.encrypt_submodule(
+            torch.export.load(tmp_path / "m.pt2"),  # type: ignore[type-var]
+            "h.0.attn",
+        )
+    with pytest.raises(CaptureError, match="traced on an input"):
+        fhe_fx.trace(model)

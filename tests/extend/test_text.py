@@ -158,7 +158,7 @@ def test_the_command_shows_and_checks_a_pipeline(tmp_path: Path) -> None:
 
 def test_a_report_with_a_pipeline_and_a_backend() -> None:
     model = "random:gpt2,n_layer=1,n_embd=16,n_head=2,vocab_size=50"
-    part = ["--submodule", "h.0.attn", "--heads", "0", "--tokens", "3"]
+    part = ["--submodule", "h.0.attn", "--heads", "0", "--tokens", "3", "--n-bits", "8"]
     found = {}
     for passes in ("default", "default,-drop-idle-maps"):
         result = invoke(

@@ -247,6 +247,7 @@ CASES = [
     Case("vector_norm", lambda x: torch.linalg.vector_norm(x, dim=-1)),
     Case("normalize", lambda x: F.normalize(x, dim=-1)),
     Case("compared", lambda x, y: torch.where(x + 0 > 0, x, y * 0), TWO),
+    Case("isnan", lambda x: torch.where(x.softmax(-1).isnan(), 0.0, x.softmax(-1))),
     Case("zeros_like", lambda x: torch.cat([x, torch.zeros_like(x)], 1)),
     Case("unfold", lambda x: x.unfold(2, 3, 2)),
     Case("gather", lambda x: x.gather(2, torch.tensor([[[0, 3], [1, 1], [5, 2], [0, 0]]]))),

@@ -64,7 +64,7 @@ def test_weights_on_answers_of_look_ups_are_priced(weights: float) -> None:
         y = torch.tanh(x)
         return torch.tanh(y @ w) if weights else torch.tanh(y[..., :32] + y[..., 32:])
 
-    program = program_from(function, [(x,) for x in seeded((2, 64), n=16)])
+    program = program_from(function, [(x,) for x in seeded((2, 64), n=16)], n_bits=4)
     lower(program)
     _near(report_on([(program, ConcreteBackend().compile(program).facts)]).regions[0])
     norm = log_norm_of(program)
