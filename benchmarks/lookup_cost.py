@@ -87,7 +87,7 @@ def cost(bits: int, p_error: float, log_norm: int) -> float:
         log_norm: log2 of the 2-norm of the weights in the sums.
     """
     half = 1 << (bits + REMOVED_BITS - 1)
-    terms = min(4**log_norm, MOST_TERMS)
+    terms: int = min(4**log_norm, MOST_TERMS)
     weight = round(2**log_norm / terms**0.5)
 
     def read(x: Any, divisor: int) -> Any:
@@ -110,8 +110,7 @@ def cost(bits: int, p_error: float, log_norm: int) -> float:
         if "NoParametersFound" not in str(error):
             raise
         return float("inf")
-    complexity: float = circuit.complexity
-    return complexity / (SUMS * terms + SUMS)
+    return float(circuit.complexity) / (SUMS * terms + SUMS)
 
 
 if __name__ == "__main__":

@@ -257,8 +257,7 @@ def test_bits_for_which_no_parameters_exist() -> None:
         "inner: no parameters of 128-bit security exist for this circuit. Its widest look-up reads "
         "16 of "
     )
-    assert last.startswith("Try n_bits=1")
-    assert re.fullmatch(r"Try n_bits=\d+: it compiles, with keys of \d+\.\d GB\.", last)
+    assert re.fullmatch(r"Try n_bits=[89]: it compiles, with keys of \d+\.\d GB\.", last)
     fhe_fx.set_mode(model, "clear")
     model(mlp_inputs()[0])
 

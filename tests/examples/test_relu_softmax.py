@@ -87,7 +87,9 @@ def test_two_keys_are_a_sigmoid_that_one_function_approaches(example: Any, shape
 def test_it_costs_one_look_up_for_each_key_but_the_first(example: Any) -> None:
     """The weight of the first key is a sum of six bits more, read through one look-up."""
     for shape in SHAPES:
-        program = program_from(lambda x: x.softmax(-1), [(x,) for x in seeded((1, 1, 6))], 4)
+        program = program_from(
+            lambda x: x.softmax(-1), [(x,) for x in seeded((1, 1, 6))], 4, p_error=0.1
+        )
         passes = default_pipeline().insert_before("lower-softmax", with_pass(example, shape))
         passes.run(program)
         assert_cost(program, look_ups=5 + 1, bits=6)
@@ -131,7 +133,7 @@ def test_the_comparison_measures_and_draws(
     pytest.importorskip("matplotlib", reason="needs the extra plots")
     monkeypatch.setattr(sys, "path", [*sys.path])
     few = ["--tokens", "3", "--n-bits", "4", "--shapes", "softmax", "relu", "--sentences", "8"]
-    few += ["--calibration", "16"]
+    few += ["--calibration", "64"]
     monkeypatch.setattr(sys, "argv", ["shapes.py", str(MODEL), *few, "--out", str(tmp_path)])
     load("shapes").main()
     softmax, relu = json.loads((tmp_path / "cost.json").read_text())

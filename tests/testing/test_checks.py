@@ -87,7 +87,7 @@ def test_each_broken_promise_is_told() -> None:
 
 def test_the_first_node_that_differs_is_named() -> None:
     samples = [(x,) for x in seeded((1, 3, 4))]
-    program = program_from(lambda x: torch.tanh(x @ x.mT).softmax(-1) + 1, samples, n_bits=4)
+    program = program_from(lambda x: torch.tanh(x @ x.mT).softmax(-1) + 1, samples, 4, p_error=0.1)
     default_pipeline().run(program)
     assert_equivalent(program, copy.deepcopy(program))
     other = copy.deepcopy(program)
@@ -129,7 +129,7 @@ def test_random_programs_equal_themselves_after_normalize(recipe: Recipe) -> Non
 
 
 def test_cost() -> None:
-    program = program_from(torch.tanh, [(x,) for x in seeded((1, 3))], n_bits=4)
+    program = program_from(torch.tanh, [(x,) for x in seeded((1, 3))], 4, p_error=0.1)
     default_pipeline().run(program)
     assert_cost(program, look_ups=3, bits=6)
     with pytest.raises(AssertionError, match=r"^3 look-ups, 2 are allowed\.\n"):
