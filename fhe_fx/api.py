@@ -30,8 +30,9 @@ from fhe_fx.export.cache import Cache
 from fhe_fx.export.files import graph_of_file
 from fhe_fx.export.model import save_for_two
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.ops import ENTER, LEAVE
+from fhe_fx.ir.ops import ENTER, LEAVE, LOOKUP
 from fhe_fx.ir.program import Program
+from fhe_fx.ir.views import Lookup
 from fhe_fx.options import Options
 from fhe_fx.passes import Annotate, Partition, Pipeline, default_pipeline
 from fhe_fx.passes.normalize import Normalize
@@ -170,11 +171,13 @@ def encrypt_submodule(
     with _in_float(copied):
         sample = sample_from_model if cache is None else cache.sampled
         lengths = _calibration_calls(copied, calibration, example, max_tokens, options, sample)
-        lower = run_pipeline if cache is None else cache.lowered
+        lower: Lowerer = run_pipeline if cache is None else cache.lowered
+        if len(paths) * len(lengths) > 1:
+            lower = _Alike(lower)
         made = [
             _lower(copied, paths, calls, first, heads, pipeline, options, lower)
-            for calls, first in lengths
-        ]
+            for calls, first in reversed(lengths)
+        ][::-1]
     regions = [region for targets in made for region, _ in targets]
     if len(regions) > 1:
         Keyring(regions)
@@ -265,6 +268,35 @@ def _lower(
     for region, _ in made:
         region.tokens, region.call = _length(first), first
     return made
+
+
+@dataclasses.dataclass
+class _Alike:
+    """Lowers several regions so that their circuits can have keys in common.
+
+    Keys fit look-ups of one width and `p_error`. Those of the first region, at the greatest length,
+    are allotted; the others take them.
+    """
+
+    lower: Lowerer
+    options: Options | None = None
+
+    def __call__(self, captured: Program, pipeline: Pipeline) -> Program:
+        """Lower one region."""
+        if self.options is not None:
+            captured.options = self.options
+        program = self.lower(captured, pipeline)
+        if self.options is None and not captured.options.is_uniform:
+            self.options = self._of(program)
+        return program
+
+    @staticmethod
+    def _of(program: Program) -> Options:
+        """Return options that give every look-up the widest that was allotted."""
+        options = program.options
+        bits = [Lookup.of(n).bits for n in program.calls(LOOKUP)]
+        extra = max(0, max(bits, default=options.lookup_bits) - options.n_bits)
+        return dataclasses.replace(options, lookup_extra_bits=extra, max_error=None, max_cost=None)
 
 
 def compile(model: nn.Module, *, verbose: bool = True) -> Report:

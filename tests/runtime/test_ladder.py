@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import fhe_fx
 from fhe_fx.api import encrypted_modules
 from fhe_fx.errors import CalibrationError, CaptureError, InputError, OptionsError
+from fhe_fx.ir.ops import LOOKUP
+from fhe_fx.ir.views import Lookup
 from fhe_fx.runtime.ladder import Ladder
 from tests.models import FEW, tiny_bert, tiny_gpt2, token_inputs
 
@@ -30,12 +32,19 @@ def _alone(tokens: int) -> Any:
     """Return the model with one circuit, calibrated as the ladder's."""
     calls = [{"input_ids": ids} for ids in token_inputs(16, max(LENGTHS))]
     return fhe_fx.encrypt_submodule(
-        tiny_gpt2(), "h.0.attn", n_bits=4, max_tokens=tokens, calibration=calls
+        tiny_gpt2(), "h.0.attn", n_bits=4, p_error=0.1, max_tokens=tokens, calibration=calls
     )
 
 
 def _ids(n: int, batch: int = 1) -> Tensor:
     return torch.stack([torch.arange(3 + i, 3 + i + n) for i in range(batch)])
+
+
+def test_circuits_that_share_keys_read_as_wide_look_ups(ladder: Any) -> None:
+    programs = [part.region.program for part in encrypted_modules(ladder)]
+    widest = [max(Lookup.of(n).bits for n in p.calls(LOOKUP)) for p in programs]
+    assert len(programs) == 2
+    assert len(set(widest)) == len({p.options.p_error for p in programs}) == 1
 
 
 def test_the_shortest_circuit_that_fits_computes(ladder: Any) -> None:
@@ -53,7 +62,7 @@ def test_the_shortest_circuit_that_fits_computes(ladder: Any) -> None:
 def test_a_ladder_computes_what_its_circuits_do() -> None:
     calls = [{"input_ids": ids} for ids in token_inputs(16, max(LENGTHS))]
     ladder = fhe_fx.encrypt_submodule(
-        tiny_gpt2(), "h.0.attn", n_bits=4, max_tokens=LENGTHS, calibration=calls
+        tiny_gpt2(), "h.0.attn", n_bits=4, p_error=0.1, max_tokens=LENGTHS, calibration=calls
     )
     fhe_fx.set_mode(ladder, "clear")
     for tokens in LENGTHS:
