@@ -61,8 +61,8 @@ def test_the_command_there_knows_it_and_here_does_not(python: Path) -> None:
     names = [p["name"] for p in listed]
     assert names.index("flat-softmax") == names.index("lower-softmax") - 1
     model = "random:gpt2,n_layer=1,n_embd=16,n_head=2,vocab_size=50"
-    part = ("--submodule", "h.0.attn", "--heads", "0", "--tokens", "3", "--backend", "price-list")
-    report = (*command, "report", model, *part, "--json", "--passes")
+    part = ("--submodule", "h.0.attn", "--heads", "0", "--tokens", "3", "--p-error", "0.1")
+    report = (*command, "report", model, *part, "--backend", "price-list", "--json", "--passes")
     found: dict[str, Any] = {p: json.loads(run(python, *report, p)) for p in ("default", text)}
     costs = {k: v["regions"][0]["look_ups"] for k, v in found.items()}
     # Rows of two and three keys: 2 n + 1 look-ups each in place of 2 n - 1.

@@ -56,7 +56,8 @@ def test_what_it_leaves_alone() -> None:
 
 
 def test_a_softmax_of_six_keys_costs_thirteen_look_ups() -> None:
-    program = program_from(lambda x: x.softmax(-1), [(x,) for x in seeded((1, 1, 6))], n_bits=4)
+    samples = [(x,) for x in seeded((1, 1, 6))]
+    program = program_from(lambda x: x.softmax(-1), samples, n_bits=4, p_error=0.1)
     PIPELINE.run(program)
     assert_cost(program, look_ups=13, bits=6)
     facts = get_backend("price-list").compile(program).facts
@@ -83,7 +84,7 @@ def test_its_operator_runs_on_integers() -> None:
     steps = torch.linspace(0, 6, 48)[:, None] + torch.arange(6)
     inputs = [row[None] for row in steps.sin() * (1 + 0.1 * torch.arange(6))]
     model = torch.nn.Sequential(Periodic())
-    encrypted = fhe_fx.encrypt_submodule(model, "0", n_bits=6, calibration=inputs[::2])
+    encrypted = fhe_fx.encrypt_submodule(model, "0", n_bits=6, p_error=0.1, calibration=inputs[::2])
     fhe_fx.set_mode(encrypted, "clear")
     with torch.no_grad():
         expected = torch.cat([model(x) for x in inputs[1::2]])
