@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--execute", action="store_true", help="run one head with keys")
     parser.add_argument("--n-bits", type=int, default=4)
+    parser.add_argument("--result-bits", type=int, default=fhe_fx.Options.result_bits)
     choices = parser.parse_args()
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config()).eval()
@@ -45,8 +46,9 @@ def main() -> None:
     ):
         start = time.perf_counter()
         encrypted = fhe_fx.encrypt_submodule(
-            model, "h.0.attn", n_bits=choices.n_bits, heads=heads, max_tokens=tokens
-        )
+            model, "h.0.attn", n_bits=choices.n_bits, heads=heads, max_tokens=tokens,
+            options=fhe_fx.Options(result_bits=choices.result_bits),
+        )  # fmt: skip
         lowered = time.perf_counter() - start
         cost = fhe_fx.compile(encrypted, verbose=False).regions[0]
         row = {

@@ -40,16 +40,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {lookup_cost.TABLE.name}")
     is_writing = parser.parse_args().write
-    costs = {bits: {p: cost(bits, p, SHOWN_NORM) for p in SHOWN} for bits in SHOWN_BITS}
     version = f"concrete-python {installed_version('concrete-python')}"
+    if is_writing:
+        write(lookup_cost.TABLE, version)
+        price = lookup_cost.lookup_cost
+    else:
+        price = cost  # type: ignore[assignment]
     print(f"{version}, complexity of one look-up\n")
     print("| bits read |", " | ".join(f"p_error {p:g}" for p in SHOWN), "|")
     print("|---|" + "---|" * len(SHOWN))
     for bits in SHOWN_BITS:
-        row = (f"{costs[bits][p]:.1e}".replace("e+0", "e") for p in SHOWN)
+        row = (f"{price(bits, p, SHOWN_NORM):.1e}".replace("e+0", "e") for p in SHOWN)
         print(f"| {bits} |", " | ".join(row), "|")
-    if is_writing:
-        write(lookup_cost.TABLE, version)
 
 
 def write(path: Path, version: str) -> None:

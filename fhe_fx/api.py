@@ -30,9 +30,8 @@ from fhe_fx.export.cache import Cache
 from fhe_fx.export.files import graph_of_file
 from fhe_fx.export.model import save_for_two
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.ops import ENTER, LEAVE, LOOKUP
+from fhe_fx.ir.ops import ENTER, LEAVE
 from fhe_fx.ir.program import Program
-from fhe_fx.ir.views import Lookup
 from fhe_fx.options import Options
 from fhe_fx.passes import Annotate, Partition, Pipeline, default_pipeline
 from fhe_fx.passes.normalize import Normalize
@@ -40,7 +39,7 @@ from fhe_fx.passes.partition import ENCRYPTED
 from fhe_fx.quant.calibration import Call, as_call, check_calibration, sample_from_model
 from fhe_fx.report import Report, report_on
 from fhe_fx.runtime.generate import generate
-from fhe_fx.runtime.keyring import Keyring
+from fhe_fx.runtime.keyring import Keyring, LoweredAlike
 from fhe_fx.runtime.ladder import Ladder
 from fhe_fx.runtime.lower import Lowerer, lower_region, run_pipeline
 from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
@@ -118,6 +117,8 @@ def encrypt_submodule(
             with the widths of look-ups, for the least cost at the precision that n_bits asks for.
         max_error: error that look-ups may make instead, in parts of the results' deviation.
         max_cost: complexity that a circuit may have; then the least error is made that it allows.
+            Where several circuits share keys, both hold for the first target at the greatest
+            length, and the other circuits take its widths.
         passes: a pipeline in place of `fhe_fx.passes.default_pipeline()`.
         options: all other choices; the keywords above win over it.
         dump_dir: where a directory for each target is written with its print after every pass that
@@ -173,7 +174,7 @@ def encrypt_submodule(
         lengths = _calibration_calls(copied, calibration, example, max_tokens, options, sample)
         lower: Lowerer = run_pipeline if cache is None else cache.lowered
         if len(paths) * len(lengths) > 1:
-            lower = _Alike(lower)
+            lower = LoweredAlike(lower)
         made = [
             _lower(copied, paths, calls, first, heads, pipeline, options, lower)
             for calls, first in reversed(lengths)
@@ -268,35 +269,6 @@ def _lower(
     for region, _ in made:
         region.tokens, region.call = _length(first), first
     return made
-
-
-@dataclasses.dataclass
-class _Alike:
-    """Lowers several regions so that their circuits can have keys in common.
-
-    Keys fit look-ups of one width and `p_error`. Those of the first region, at the greatest length,
-    are allotted; the others take them.
-    """
-
-    lower: Lowerer
-    options: Options | None = None
-
-    def __call__(self, captured: Program, pipeline: Pipeline) -> Program:
-        """Lower one region."""
-        if self.options is not None:
-            captured.options = self.options
-        program = self.lower(captured, pipeline)
-        if self.options is None and not captured.options.is_uniform:
-            self.options = self._of(program)
-        return program
-
-    @staticmethod
-    def _of(program: Program) -> Options:
-        """Return options that give every look-up the widest that was allotted."""
-        options = program.options
-        bits = [Lookup.of(n).bits for n in program.calls(LOOKUP)]
-        extra = max(0, max(bits, default=options.lookup_bits) - options.n_bits)
-        return dataclasses.replace(options, lookup_extra_bits=extra, max_error=None, max_cost=None)
 
 
 def compile(model: nn.Module, *, verbose: bool = True) -> Report:

@@ -93,9 +93,7 @@ class AllotBits(Pass):
                 ):
                     best[is_mixed] = found
         if not best and budget.is_default:
-            return _Allotment(
-                options.chosen_p_error, fixed | dict.fromkeys(free, options.lookup_bits)
-            )
+            return _uniform(options, free, fixed)
         if not best:
             raise PassError(budget.refusal(program.name, math.sqrt(least_error), least_cost))
         if len(best) == 1:
@@ -184,13 +182,14 @@ class _Budget:
         if self.max_cost is not None:
             return (
                 f"{name}: max_cost={self.max_cost:.2g} cannot be kept; the cheapest widths cost "
-                f"{least_cost:.2g}. Allow as much, or try a shorter circuit, or fewer heads."
+                f"{least_cost:.2g}. Try max_cost={1.1 * least_cost:.1e}, a shorter circuit, or "
+                f"fewer heads."
             )
         assert self.variance is not None
         return (
-            f"{name}: look-ups would have to err by {math.sqrt(self.variance):.2g} of the results "
-            f"at most; the widest reach {least_error:.2g}. Allow more by max_error, or give n_bits "
-            f"less."
+            f"{name}: max_error={math.sqrt(self.variance):.2g} cannot be kept; look-ups of "
+            f"{MAX_LOOKUP_BITS} bits err by {least_error:.2g} of the results' deviation. "
+            f"Try max_error={1.1 * least_error:.1e}."
         )
 
 

@@ -7,13 +7,50 @@ the largest, at a price of a few percent, and a client makes, sends and keeps on
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from fhe_fx.ir.ops import LOOKUP
+from fhe_fx.ir.program import Program
+from fhe_fx.ir.views import Lookup
+from fhe_fx.options import Options
+from fhe_fx.passes import Pipeline
+from fhe_fx.runtime.lower import Lowerer
 
 if TYPE_CHECKING:
     from fhe_fx.runtime.region import Region
 
-__all__ = ["Keyring"]
+__all__ = ["Keyring", "LoweredAlike"]
+
+
+@dataclasses.dataclass
+class LoweredAlike:
+    """Lowers several regions so that their circuits can have keys in common.
+
+    Keys fit look-ups of one width and `p_error`. Those of the first region are allotted; the others
+    take them.
+    """
+
+    lower: Lowerer
+    options: Options | None = None
+
+    def __call__(self, captured: Program, pipeline: Pipeline) -> Program:
+        """Lower one region."""
+        if self.options is not None:
+            captured.options = self.options
+        program = self.lower(captured, pipeline)
+        if self.options is None and not captured.options.is_uniform:
+            self.options = _as_wide(program)
+        return program
+
+
+def _as_wide(program: Program) -> Options:
+    """Return options that give every look-up the widest that a program has."""
+    options = program.options
+    widest = max((Lookup.of(n).bits for n in program.calls(LOOKUP)), default=options.lookup_bits)
+    extra = max(0, widest - options.n_bits)
+    return dataclasses.replace(options, lookup_extra_bits=extra, max_error=None, max_cost=None)
 
 
 class Keyring:
