@@ -45,6 +45,9 @@ class Options:
     it they may err as much as rounding to `lookup_bits` would."""
     max_cost: float | None = None
     """Complexity that the look-ups of a circuit may have; the least error at that is taken."""
+    most_widths: int = 2
+    """How many widths of look-ups a circuit may have, 1 or 2. Each has keys of its own, so circuits
+    that share keys have one."""
     rules: tuple[tuple[str, int], ...] = ()
     """Input bits of single look-ups: a pattern and a width each. A pattern is a module path, the
     name of a function, or `path:function`; after `re:`, a regular expression for one of these. An
@@ -63,6 +66,7 @@ class Options:
         _between("input_bits", self.input_bits, 2, 16)
         _between("weight_bits", self.weight_bits, 2, 16)
         _between("result_bits", self.result_bits, 2, 24)
+        _between("most_widths", self.most_widths, 1, 2)
         _between("n_samples", self.n_samples, 2, 1_000_000)
         _between("seed", self.seed, 0, 2**63 - 1)
         _between("refresh_from", self.refresh_from, 1, 2**31)

@@ -9,11 +9,11 @@ the results, by derivatives on the calibration samples, and what a look-up costs
 budget it takes the cheapest.
 
 The budget is `max_error`, or what rounding every look-up to `n_bits + lookup_extra_bits` bits alone
-would make; with `max_cost` the least error is taken instead. Two widths at most: each has keys of
-its own. A `p_error` that was given is kept, and then every look-up reads
-`n_bits + lookup_extra_bits` bits unless a budget was given too; so they do where no width would
-keep to the default budget. A look-up that a rule names has the width of the rule; one whose node
-carries a width already (`node.meta["lookup_bits"]`) keeps it.
+would make; with `max_cost` the least error is taken instead. Two widths at most (`most_widths`):
+each has keys of its own. A `p_error` that was given is kept, and then every look-up reads `n_bits +
+lookup_extra_bits` bits unless a budget was given too; so they do where no width would keep to the
+default budget. A look-up that a rule names has the width of the rule; one whose node carries a
+width already (`node.meta["lookup_bits"]`) keeps it.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ class AllotBits(Pass):
         table = cost_table()
         p_errors = table.p_errors if options.p_error is None else (options.p_error,)
         widths = range(min(table.by_bits), MAX_LOOKUP_BITS + 1)
+        narrower = self.narrower if options.most_widths == 2 else 0
         for p_error, wide in itertools.product(p_errors, widths):
-            for narrow in widths:
-                if wide - self.narrower <= narrow <= wide:
-                    yield p_error, wide, narrow
+            for narrow in range(max(wide - narrower, widths.start), wide + 1):
+                yield p_error, wide, narrow
 
 
 @dataclass(frozen=True, eq=False)

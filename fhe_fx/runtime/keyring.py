@@ -28,8 +28,8 @@ __all__ = ["Keyring", "LoweredAlike"]
 class LoweredAlike:
     """Lowers several regions so that their circuits can have keys in common.
 
-    Keys fit look-ups of one width and `p_error`. Those of the first region are allotted; the others
-    take them.
+    Keys fit look-ups of one width and `p_error`. Those of the first region are allotted, one for
+    all of its look-ups; the others take them.
     """
 
     lower: Lowerer
@@ -37,8 +37,8 @@ class LoweredAlike:
 
     def __call__(self, captured: Program, pipeline: Pipeline) -> Program:
         """Lower one region."""
-        if self.options is not None:
-            captured.options = self.options
+        one = dataclasses.replace(captured.options, most_widths=1)
+        captured.options = self.options or one
         program = self.lower(captured, pipeline)
         if self.options is None and not captured.options.is_uniform:
             self.options = _as_wide(program)

@@ -125,6 +125,7 @@ def test_a_second_width_is_taken_where_it_saves_enough() -> None:
     assert len(widths) == 2  # those of the exponential hardly matter
     (exp,) = (n for n in program.maps() if "exp" in str(d.map_of(n).graph))
     assert exp.meta["lookup_bits"] == min(widths)
+    assert len(set(_bits(_allotted(n_bits=4, most_widths=1)).values())) == 1
 
 
 @pytest.mark.parametrize(

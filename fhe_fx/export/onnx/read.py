@@ -1,9 +1,9 @@
 """Reads an ONNX model of the float operators that exporters write as an fx graph.
 
 Every node keeps its ONNX name, and the submodule that the exporter noted in it. What does not
-depend on the values of inputs (shapes, masks, positions) is computed while reading. Of the packages
-that convert ONNX, those that are kept up at all (onnx2torch 1.5, August 2024) know opsets up to 16
-and need torchvision; the table in `operators.py` is what transformers and convolutions need.
+depend on the values of inputs (shapes, masks, positions) is computed while reading. A package that
+converts ONNX, onnx2torch 1.5, needs torchvision and knows operators of opset 17 and later one by
+one; the table in `operators.py` is what transformers and convolutions need.
 """
 
 from __future__ import annotations
