@@ -107,11 +107,8 @@ def measure(key: Row) -> Row:
     found: Row = {"machine": machine_name(), "rows": family.rows(model, key["tokens"])}
     start = time.perf_counter()
     try:
-        encrypted = fhe_fx.encrypt_submodule(
-            model,
-            family.parts[key["part"]],
-            n_bits=key["n_bits"],
-            calibration=inputs[:CALIBRATION],
+        (encrypted,) = family.encrypt(
+            model, [key["part"]], inputs[:CALIBRATION], n_bits=key["n_bits"]
         )
         found["lower_seconds"] = round(time.perf_counter() - start, 1)
         (part,) = encrypted_modules(encrypted)

@@ -98,9 +98,9 @@ def encrypt_submodule(
             an exported program or an ONNX file). It is left as it is.
         target: dotted path of a submodule, a unique suffix, a glob, `"re:..."`, or a list of these.
             The circuits of several have keys in common; encrypt one after the other for keys apart.
-        from_nodes: in place of a target, where the model is an fx graph: names of the nodes at
-            which the encrypted region begins.
-        to_nodes: names of the nodes at which it ends. See `fhe_fx.trace`.
+        from_nodes: in place of a target, where the model is an fx graph: names of the nodes, or
+            paths of the submodules, at which the encrypted region begins.
+        to_nodes: those at which it ends. See `fhe_fx.trace`.
         n_bits: precision of a quantized activation, 4 unless the options say otherwise.
         max_tokens: rows that the circuit takes; shorter prompts are padded where the region is
             causal. By default the usual length of the calibration inputs, or 8. Several lengths,

@@ -36,8 +36,9 @@ def submodule_between(
     Args:
         graph_module: any fx graph (`fx.symbolic_trace`, `fhe_fx.trace`); left as it is.
         from_nodes: names of the nodes at which the region begins. An input of the graph stays
-            outside; the region begins at what reads it.
-        to_nodes: names of the nodes at which it ends.
+            outside; the region begins at what reads it. The path of a submodule, where the graph
+            records them, or a unique suffix of it, names all its nodes.
+        to_nodes: names of the nodes, or paths of the submodules, at which it ends.
 
     Returns:
         A graph that computes the same, and the name of the submodule in it. Both share the
@@ -136,14 +137,28 @@ def _named(graph: fx.Graph, names: str | Sequence[str], argument: str) -> list[f
     is_list = isinstance(wanted, Sequence) and all(isinstance(n, str) for n in wanted)
     if not is_list or not wanted:
         raise TargetError(f"{argument}={names!r} is not a list of names of nodes.")
-    known = {n.name: n for n in graph.nodes if n.op != "output"}
-    if missing := [n for n in wanted if n not in known]:
-        hints = "".join(f"\n  {n!r}.{did_you_mean(n, list(known))}" for n in missing)
+    known = {n.name: [n] for n in graph.nodes if n.op != "output"}
+    paths = _nodes_of_submodules(graph)
+    for name in set(wanted) - known.keys() - paths.keys():
+        ends = [p for p in paths if p.endswith(f".{name}")]
+        paths |= {name: paths[ends[0]]} if len(ends) == 1 else {}
+    if missing := [n for n in wanted if n not in known and n not in paths]:
+        hints = "".join(f"\n  {n!r}.{did_you_mean(n, list(known | paths))}" for n in missing)
         raise TargetError(
             f"{argument}: the graph has {len(known)} nodes, and {len(missing)} of the names are "
             f"none of theirs:{hints}\nprint(graph_module.graph) lists them."
         )
-    return [known[n] for n in wanted]
+    return [node for n in wanted for node in known.get(n) or paths[n]]
+
+
+def _nodes_of_submodules(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """Return the nodes that compute something in each submodule that the graph records."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op.startswith("call_") and not is_assertion(node):
+            for path in _stack(node):
+                found.setdefault(path, []).append(node)
+    return found
 
 
 def _reached(nodes: Iterable[fx.Node], *, forward: bool) -> set[fx.Node]:

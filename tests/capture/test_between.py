@@ -98,6 +98,18 @@ def test_a_graph_can_be_cut_again() -> None:
     assert torch.equal(again(x, y)[0], forked()(x, y)[0])
 
 
+def test_a_region_may_begin_and_end_at_submodules() -> None:
+    """Attention and MLP of a block, without the norm before them, in one circuit."""
+    graph = fhe_fx.trace(tiny_gpt2(), token_inputs(1, 3)[0])
+    cut, name = submodule_between(graph, "h.0.attn.c_attn", "h.0.mlp.c_proj")
+    inside = [n.meta.get("stack_trace") or "" for n in cut.get_submodule(name).nodes.graph.nodes]  # type: ignore[union-attr]
+    assert any("self.attn" in s or "c_attn" in s for s in inside)
+    x = token_inputs(1, 3)[0]
+    torch.testing.assert_close(cut(x)[0], graph(x)[0])
+    with pytest.raises(TargetError, match=r"'h.0.attn.c_atn'\. Did you mean 'transformer\.h\.0"):
+        submodule_between(graph, "h.0.attn.c_atn", "h.0.mlp.c_proj")
+
+
 @pytest.mark.parametrize(
     ("start", "end", "message"),
     [

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-import fhe_fx
 from fhe_fx.api import encrypted_modules
 from fhe_fx.backends.concrete import ConcreteBackend
 from fhe_fx.backends.reference import ReferenceBackend
@@ -46,22 +45,18 @@ class Captured(Cache):
         return captured
 
 
-def captured(family: Family, names: Sequence[str]) -> tuple[nn.Module, list[Tensor]]:
+def captured(family: Family, names: Sequence[str]) -> tuple[list[nn.Module], list[Tensor]]:
     """Return a family's model with parts captured, not lowered, and inputs of the whole."""
     model = family.build()
     inputs = family.inputs(model, 6, TOKENS)
-    paths = [family.parts[n] for n in names if n in family.parts]
-    encrypted = fhe_fx.encrypt_submodule(
-        model, paths, calibration=inputs, options=FEW, cache=Captured()
-    )
-    return encrypted, inputs
+    return family.encrypt(model, names, inputs, options=FEW, cache=Captured()), inputs
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.name)
 def test_parts(family: Family) -> None:
     """A part is one region of operators that have a lowering, and computes what the module does."""
     names = {"attention", "mlp", "norm"} - set(family.refused)
-    model, inputs = captured(family, sorted(names))
+    models, inputs = captured(family, sorted(names))
     met = []
 
     def compare(part: EncryptedModule, args: Any, kwargs: Any, output: Any) -> None:
@@ -72,16 +67,17 @@ def test_parts(family: Family) -> None:
             torch.testing.assert_close(result, expected[leaf], rtol=1e-4, atol=1e-5)
         met.append(part)
 
-    for part in encrypted_modules(model):
-        part.register_forward_hook(compare, with_kwargs=True)
-    with torch.no_grad():
-        model(inputs[1])
-    assert len(met) == len(encrypted_modules(model)) == len(names & family.parts.keys())
+    for model in models:
+        for part in encrypted_modules(model):
+            part.register_forward_hook(compare, with_kwargs=True)
+        with torch.no_grad():
+            model(inputs[1])
+    assert len(met) == len(names & family.parts.keys())
 
 
 @pytest.mark.parametrize("family", WHOLE, ids=lambda f: f.name)
 def test_block(family: Family) -> None:
-    program = encrypted_modules(captured(family, ["block"])[0])[0].region.captured
+    program = encrypted_modules(captured(family, ["block"])[0][0])[0].region.captured
     expected, predicted = lower_with_prediction(program)
     found = run_integers(program, program.samples)
     for a, b, error in zip(expected, found, predicted, strict=True):
@@ -89,6 +85,41 @@ def test_block(family: Family) -> None:
         assert relative_error(a, b) < 2 * error < 1
     if family.name in COMPILED:
         _assert_as_concrete(program)
+
+
+class Ordered(nn.Module):
+    """Puts the channels of what a module answers in order, which no table can."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        largest: Tensor = y.topk(1).values
+        return torch.sort(y).values + largest
+
+
+@pytest.mark.parametrize("family", WHOLE, ids=lambda f: f.name)
+def test_what_cannot_be_encrypted_is_listed(family: Family) -> None:
+    """In each family: which operators, in which module, at which line of the source."""
+    model, path, block = family.build(), str(family.parts["norm"]), str(family.parts["block"])
+    if not path.startswith(block):
+        path = block
+    above, _, name = path.rpartition(".")
+    setattr(model.get_submodule(above), name, Ordered(model.get_submodule(path)))
+    inputs = family.inputs(model, 2, TOKENS)
+    with pytest.raises(UnsupportedOpError) as caught:
+        family.encrypt(model, ["block"], inputs, options=FEW, cache=Captured())
+    first, *listed, last = str(caught.value).splitlines()
+    assert first == f"{block}: 2 operator(s) cannot run on encrypted data."
+    for operator, line in zip(("topk", "sort"), listed, strict=True):
+        assert re.fullmatch(
+            rf"  aten.{operator}.default  {path}  test_families.py:\d+: "
+            r"no lowering is registered for it",
+            line,
+        )
+    assert last.startswith("Encrypt a submodule without them, or register a lowering for each: ")
 
 
 @pytest.mark.parametrize("part", FAMILIES["Mixtral"].refused)

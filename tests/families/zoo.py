@@ -8,12 +8,14 @@ a configuration is spelled, and where attention, MLP, norm and block stand.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import fhe_fx
 
 __all__ = ["FAMILIES", "PARTS", "Family"]
 
@@ -25,8 +27,9 @@ class Family:
     """A class of models, at a tiny size and at the size of a released one."""
 
     name: str
-    parts: Mapping[str, str]
-    """Path of each part of its first block; for a plain network of the parts that it has."""
+    parts: Mapping[str, str | tuple[str, str]]
+    """Path of each part of its first block; for a plain network of the parts that it has. Of a part
+    that is no submodule, the first and the last submodule of it."""
     config: str = ""
     """Configuration class of transformers; the model is the one that belongs to it."""
     model: str = ""
@@ -48,6 +51,26 @@ class Family:
         config = getattr(transformers, self.config)(**settings)
         model: nn.Module = getattr(transformers, self.model)(config).eval()
         return model
+
+    def encrypt(
+        self, model: nn.Module, names: Sequence[str], calibration: Sequence[Tensor], **settings: Any
+    ) -> list[nn.Module]:
+        """Encrypt parts: those that are submodules in one model, each other one in a graph of it.
+
+        Raises:
+            FheFxError: as `fhe_fx.encrypt_submodule`.
+        """
+        paths = [self.parts[n] for n in names if n in self.parts]
+        whole = [p for p in paths if isinstance(p, str)]
+        settings["calibration"] = calibration
+        made = [fhe_fx.encrypt_submodule(model, whole, **settings)] if whole else []
+        return made + [
+            fhe_fx.encrypt_submodule(
+                fhe_fx.trace(model, calibration[0]), from_nodes=p[0], to_nodes=p[1], **settings
+            )
+            for p in paths
+            if not isinstance(p, str)
+        ]
 
     def rows(self, model: nn.Module, tokens: int) -> int:
         """Return the rows of an input of that many words: tokens, patches, or one sample."""
@@ -113,15 +136,15 @@ class Convolutions(nn.Module):
         return y
 
 
-_DECODER = {
+_DECODER: dict[str, str | tuple[str, str]] = {
     "attention": "layers.0.self_attn",
     "mlp": "layers.0.mlp",
     "norm": "layers.0.input_layernorm",
     "block": "layers.0",
 }
-_ENCODER = {
+_ENCODER: dict[str, str | tuple[str, str]] = {
     "attention": "encoder.layer.0.attention.self",
-    "mlp": "encoder.layer.0.intermediate",
+    "mlp": ("encoder.layer.0.intermediate", "encoder.layer.0.output.dense"),
     "norm": "encoder.layer.0.output.LayerNorm",
     "block": "encoder.layer.0",
 }
@@ -174,7 +197,7 @@ FAMILIES = {
             "OPT",
             {
                 "attention": "decoder.layers.0.self_attn",
-                "mlp": "decoder.layers.0.fc1",
+                "mlp": ("decoder.layers.0.fc1", "decoder.layers.0.fc2"),
                 "norm": "decoder.layers.0.self_attn_layer_norm",
                 "block": "decoder.layers.0",
             },
