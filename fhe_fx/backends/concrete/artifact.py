@@ -58,9 +58,7 @@ def server_files(circuit: ConcreteCircuit, *, is_simulated: bool) -> dict[str, b
         circuit: compiled.
         is_simulated: whether to return the server that simulates, which is compiled apart.
     """
-    if is_simulated:
-        circuit._circuit.enable_fhe_simulation()
-    compiled = circuit._circuit.simulator if is_simulated else circuit._circuit.server
+    compiled = circuit.simulator() if is_simulated else circuit._circuit.server
     # The static library beside the shared one is never loaded.
     names = ("sharedlib.so", "program_info.concrete.params.json", "compilation_feedback.json")
     folder = Path(compiled._library.get_output_dir_path())

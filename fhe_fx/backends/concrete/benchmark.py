@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from concrete import fhe
 
+from fhe_fx.backends.concrete.folders import owned_folders
+
 __all__ = ["Measured", "measure_look_ups"]
 
 
@@ -34,7 +36,9 @@ def measure_look_ups(look_ups: int = 128, bits: int = 6, p_error: float = 0.1) -
     table = fhe.LookupTable([(3 * i + 1) % (1 << bits) for i in range(1 << bits)])
     compiler = fhe.Compiler(lambda x: table[x], {"x": "encrypted"})
     low, high = np.zeros(look_ups, np.int64), np.full(look_ups, (1 << bits) - 1, np.int64)
-    circuit = compiler.compile([low, high], p_error=p_error)
+    with owned_folders() as keep:
+        circuit = compiler.compile([low, high], p_error=p_error)
+        keep(circuit.server)
     start = time.perf_counter()
     circuit.keygen()
     keygen_seconds = time.perf_counter() - start

@@ -13,6 +13,7 @@ from concrete import fhe
 
 from fhe_fx.backends.base import CircuitFacts, Integers
 from fhe_fx.backends.concrete.emit import declared_bounds, emit_function
+from fhe_fx.backends.concrete.folders import owned_folders
 from fhe_fx.errors import BackendError, BitWidthError, InputError
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import LOOKUP
@@ -79,8 +80,9 @@ def _compile(program: Program, restriction: Any = None) -> ConcreteCircuit:
     compiler = fhe.Compiler(function, dict.fromkeys(names, "encrypted"))
     start = time.perf_counter()
     try:
-        with declared_bounds():
+        with owned_folders() as keep, declared_bounds():
             circuit = compiler.compile([probe if len(probe) > 1 else probe[0]], configuration)
+            keep(circuit.server)
     except RuntimeError as error:
         raise _explain(program, error) from error
     seconds = time.perf_counter() - start
@@ -118,6 +120,7 @@ class ConcreteCircuit:
         self.program, self._circuit = program, circuit
         self._has_keys = False
         self._keys_from: ConcreteCircuit | None = None
+        self._simulator: Any = None
         self._facts = _facts(program, circuit, compile_seconds)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConcreteCircuit:
@@ -166,9 +169,17 @@ class ConcreteCircuit:
     def simulate(self, inputs: Sequence[Integers]) -> list[Integers]:
         """Run the compiled circuit on plain integers with modelled noise."""
         self._check(inputs)
-        if not self._circuit.configuration.fhe_simulation:
-            self._circuit.enable_fhe_simulation()
+        self.simulator()
         return self._list(self._circuit.simulate(*inputs))
+
+    def simulator(self) -> Any:
+        """Return Concrete's server that simulates, compiled when it is first asked for."""
+        if self._simulator is None:
+            with owned_folders() as keep:
+                self._circuit.enable_fhe_simulation()
+                self._simulator = self._circuit.simulator
+                keep(self._simulator)
+        return self._simulator
 
     def keygen(self) -> None:
         """Make keys for this process, unless there are some."""
