@@ -33,6 +33,9 @@ class Options:
     """Precision of the client's encrypted input; linear precision is free."""
     weight_bits: int = 8
     """Least precision of a clear weight, sign included."""
+    answer_weight_bits: int | None = None
+    """The same of sums of what look-ups answered: each bit more doubles the noise that arrives at
+    the next look-up. Without it `lookup_bits`, at most `weight_bits`."""
     result_bits: int = 10
     """Precision of a result that no look-up reads. It is decrypted exactly, and ten bits are the
     widest that cost nothing beside the look-ups (docs/design.md, "Results")."""
@@ -65,6 +68,8 @@ class Options:
         _between("lookup_extra_bits", self.lookup_extra_bits, 0, 8)
         _between("input_bits", self.input_bits, 2, 16)
         _between("weight_bits", self.weight_bits, 2, 16)
+        if self.answer_weight_bits is not None:
+            _between("answer_weight_bits", self.answer_weight_bits, 2, 16)
         _between("result_bits", self.result_bits, 2, 24)
         _between("most_widths", self.most_widths, 1, 2)
         _between("n_samples", self.n_samples, 2, 1_000_000)
@@ -99,6 +104,13 @@ class Options:
     def lookup_bits(self) -> int:
         """Input width of a look-up, in bits, where widths are not allotted."""
         return self.n_bits + self.lookup_extra_bits
+
+    @property
+    def bits_of_answers_weights(self) -> int:
+        """Precision of weights of sums of what look-ups answered, given or chosen."""
+        if self.answer_weight_bits is not None:
+            return self.answer_weight_bits
+        return max(2, min(self.lookup_bits, self.weight_bits))
 
     @property
     def is_uniform(self) -> bool:

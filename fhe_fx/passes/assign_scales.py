@@ -3,7 +3,8 @@
 Exact in float: the graph is not changed; `node.meta["scale"]` (one a element) and
 `node.meta["width"]` are set. A class that a look-up reads is scaled so that its range fills the
 encoding; the accumulator is `guard_bits` wider than the look-up at least, and wide enough that
-clear weights keep `weight_bits`. Linear precision is free behind an approximate rounding.
+clear weights keep their bits. Linear precision is free behind an approximate rounding, but not
+behind a look-up, whose noise weights multiply: sums of answers have `answer_weight_bits`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fhe_fx.quant.classes import (
     find_classes,
     is_exact_scale,
 )
+from fhe_fx.quant.noise_level import behind_look_ups
 from fhe_fx.quant.ranges import class_ends
 
 __all__ = ["AssignScales"]
@@ -175,8 +177,11 @@ class _State:
 
     def widen_for_weights(self) -> None:
         """Widen classes that clear weights make, until the weights keep their bits."""
-        least = float(2 ** (self.program.options.weight_bits - 1) - 1)
+        options, behind = self.program.options, behind_look_ups(self.program)
         for node in self._weighted():
+            is_answer = node.target == LINEAR and d.input_node(node) in behind
+            bits = options.bits_of_answers_weights if is_answer else options.weight_bits
+            least = float(2 ** (bits - 1) - 1)
             scale = self.scales()
             x, weight = d.input_node(node), d.constant(d.input_node(node, 1)).double()
             s_in, out = scale[self.classes.of[x]], self.classes.of[node]

@@ -46,6 +46,7 @@ class FoldScales(Pass):
         added: list[fx.Node] = []
         for node in program.calls(SCALE):
             self._sink_fully(program, node, added)
+        self._into_rows(program)
         self._raise_all(program, program.calls(SCALE) if added else [])
         self._into_rows(program)
         program.clean()

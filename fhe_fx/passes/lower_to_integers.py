@@ -25,6 +25,7 @@ from fhe_fx.ir.types import ValueType
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.quant.ranges import class_ends, times_to_fill
 from fhe_fx.quant.tables import ROOM, build_tables
+from fhe_fx.quant.weight_rounding import round_weights
 
 __all__ = ["LowerToIntegers"]
 
@@ -90,20 +91,26 @@ class _Lowering:
                 whole = whole.reshape(-1)[0]
             return self._typed(builder.scale(inputs[0].node, whole), scale, offset, width)
         if d.is_call(node, LINEAR):
-            weight = d.constant(d.input_node(node, 1)).double()
-            rows = inputs[0].scale[..., :1, :].transpose(-2, -1)
-            whole = weight * rows / scale[..., :1, :]
-            while whole.dim() > weight.dim() and whole.shape[0] == 1:
-                whole = whole[0]
-            new = builder.linear(inputs[0].node, whole.round().long())
-            offset = torch.matmul(inputs[0].offset, weight)
-            return self._typed(new, scale, offset, width)
+            return self._linear(builder, node, inputs[0])
         moved = [i.node for i in inputs]
         given = dict(zip(d.operands(node), moved, strict=True))
         args = fx.node.map_arg(
             node.args, lambda n: given[n] if n in given else builder.constant(d.constant(n))
         )
         return self._typed(builder.call(node.target, *args), scale, offset, width)
+
+    def _linear(self, builder: Builder, node: fx.Node, x: _Integer) -> _Integer:
+        """Round weights for their sums, whose mean error goes into the offset."""
+        weight, scale = d.constant(d.input_node(node, 1)).double(), node.meta["scale"]
+        exact = weight * x.scale[..., :1, :].transpose(-2, -1) / scale[..., :1, :]
+        while exact.dim() > weight.dim() and exact.shape[0] == 1:
+            exact = exact[0]
+        values = (self.program.observed[d.input_node(node).name].double() - x.offset) / x.scale
+        mean = values.mean(0)
+        whole = round_weights(exact, _rows_of(values - mean, exact))
+        offset = torch.matmul(x.offset, weight) + torch.matmul(mean, exact - whole) * scale
+        new = builder.linear(x.node, whole)
+        return self._typed(new, scale, offset, int(node.meta["width"]))
 
     def _input(self, node: fx.Node, scale: Tensor) -> _Integer:
         with self.module.graph.inserting_before(self.end):
@@ -182,6 +189,20 @@ class _Lowering:
             )
             self._typed(value.node, value.scale, value.offset, int(node.meta["width"]))
         return value.node
+
+
+def _rows_of(values: Tensor, weight: Tensor) -> Tensor:
+    """Return the rows that each matrix of `weight` multiplies, `[n_values, *batch, n_in]`."""
+    batch = weight.shape[:-2]
+    lead = values.shape[1:-2]
+    full = torch.broadcast_shapes(lead, batch)
+    values = values.view(len(values), *(1,) * (len(full) - len(lead)), *values.shape[1:])
+    values = values.expand(len(values), *full, *values.shape[-2:])
+    own = [i for i in range(len(batch)) if batch[i] > 1]
+    kept = [1 + len(full) - len(batch) + i for i in own]
+    rest = [i for i in range(values.dim() - 1) if i not in kept]
+    rows = values.permute(*rest, *kept, values.dim() - 1).flatten(0, len(rest) - 1)
+    return rows.view(len(rows), *batch, values.shape[-1])
 
 
 def _over_rows(x: Tensor, reduce: object) -> Tensor:

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
     from fhe_fx.ir.program import Program
 
-__all__ = ["log_norm_of"]
+__all__ = ["behind_look_ups", "log_norm_of"]
+
+
+def behind_look_ups(program: Program) -> set[fx.Node]:
+    """Return the nodes that look-ups answered, or that are made of answers by affine operators."""
+    found: set[fx.Node] = set()
+    for node in program.encrypted():
+        is_answer = d.is_map(node) or d.is_call(node, LOOKUP)
+        if is_answer or any(n in found for n in d.operands(node)):
+            found.add(node)
+    return found
 
 
 def log_norm_of(program: Program) -> float:
@@ -27,8 +37,8 @@ def log_norm_of(program: Program) -> float:
     as the optimizer takes them; inputs hardly have noise.
 
     Args:
-        program: of either stage. In float, weights count as what they will be as integers of
-            `weight_bits` bits, and factors as one, since most are absorbed by scales.
+        program: of either stage. In float, weights count as integers of the bits that weights of
+            answers have, and factors as one, since most are absorbed by scales.
     """
     found: dict[fx.Node, Tensor] = {}
     greatest = 1.0
@@ -54,7 +64,7 @@ def _squared(program: Program, node: fx.Node, inputs: list[Tensor]) -> Tensor:
         weight = d.constant(d.input_node(node, 1))
         if weight.is_floating_point():
             largest = float(weight.abs().max()) or 1.0
-            whole = 2 ** (program.options.weight_bits - 1) - 1
+            whole = 2 ** (program.options.bits_of_answers_weights - 1) - 1
             weight = torch.ones(()) if node.target == SCALE else weight * (whole / largest)
         weight = weight.double().square()
         return inputs[0] * weight if node.target == SCALE else inputs[0] @ weight

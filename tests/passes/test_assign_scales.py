@@ -10,7 +10,8 @@ from fhe_fx.ir import Program
 from fhe_fx.ir import dialect as d
 from fhe_fx.options import Options
 from fhe_fx.passes import Pipeline, default_pipeline
-from tests.programs import program_from, seeded
+from fhe_fx.quant.noise_level import log_norm_of
+from tests.programs import lower, program_from, seeded
 
 SAMPLES = [(x,) for x in seeded((2, 4))]
 
@@ -52,3 +53,17 @@ def test_refuses_accumulators_that_a_ciphertext_cannot_hold() -> None:
         _scaled(function, weight_bits=16)
     assert "a ciphertext holds 40." in str(error.value)
     assert str(error.value).endswith("Try weight_bits=14, or a smaller n_bits.")
+
+
+def test_two_bits_less_for_weights_of_answers_are_two_bits_less_noise() -> None:
+    w = seeded((64, 32), n=1, seed=3)[0]
+
+    def log_norm(bits: int) -> float:
+        program = program_from(
+            lambda x: torch.tanh(torch.tanh(x) @ w), [(x,) for x in seeded((2, 64), n=16)],
+            answer_weight_bits=bits, p_error=0.1,
+        )  # fmt: skip
+        lower(program)
+        return log_norm_of(program)
+
+    assert log_norm(8) - log_norm(6) == pytest.approx(2, abs=0.05)

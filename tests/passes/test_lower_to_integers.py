@@ -33,3 +33,14 @@ def test_a_table_knows_the_look_up_that_it_stands_for() -> None:
     program = program_from(torch.tanh, SAMPLES)
     lower(program)
     assert program.calls(LOOKUP)[0].meta["function"] == "map[tanh]"
+
+
+def test_rounding_weights_moves_no_mean() -> None:
+    """Few bits, so sums are off one by one; what they lack on average is in the offset."""
+    skewed = [(x.exp(),) for x in seeded((2, 4))]
+    w = seeded((4, 3), n=1, seed=5)[0]
+    program = program_from(lambda x: x @ w, skewed, weight_bits=2, result_bits=4, input_bits=12)
+    expected = lower(program)[0]
+    error = run_integers(program, skewed)[0] - expected
+    assert float(error.std()) > 0.02 * float(expected.std())
+    assert float(error.mean(0).abs().max()) < 0.01 * float(expected.std())
