@@ -25,7 +25,7 @@ from fhe_fx.capture import (
     submodule_between,
     submodules_of,
 )
-from fhe_fx.errors import CalibrationError, CaptureError, FheFxError, TargetError
+from fhe_fx.errors import CalibrationError, CaptureError, FheFxError, PassError, TargetError
 from fhe_fx.export.cache import Cache
 from fhe_fx.export.files import graph_of_file
 from fhe_fx.export.model import save_for_two
@@ -38,13 +38,14 @@ from fhe_fx.passes.normalize import Normalize
 from fhe_fx.passes.partition import ENCRYPTED
 from fhe_fx.quant.calibration import Call, as_call, check_calibration, sample_from_model
 from fhe_fx.report import Report, report_on
+from fhe_fx.runtime.agreement import Agreement
 from fhe_fx.runtime.generate import generate
 from fhe_fx.runtime.keyring import Keyring, LoweredAlike
 from fhe_fx.runtime.ladder import Ladder
 from fhe_fx.runtime.lower import Lowerer, lower_region, run_pipeline
 from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
 from fhe_fx.runtime.region import Region
-from fhe_fx.runtime.standin import StandIn, encrypted_modules, stand_ins
+from fhe_fx.runtime.standin import StandIn, encrypted_modules, put, stand_ins
 
 __all__ = [
     "build_region",
@@ -68,6 +69,10 @@ class _Default(int):
 
 
 _DEFAULT_BITS = _Default(Options.n_bits)
+_Lowered = list[tuple[Region, Signature]]
+"""The targets of one length."""
+_ATTEMPTS, _TIGHTER = 4, 0.75
+"""How often a circuit that agrees too seldom is made again, and by what its error is lowered."""
 
 
 def encrypt_submodule(
@@ -86,6 +91,7 @@ def encrypt_submodule(
     p_error: float | None = None,
     max_error: float | None = None,
     max_cost: float | None = None,
+    target_agreement: float | None = None,
     passes: Pipeline | None = None,
     options: Options | None = None,
     dump_dir: str | Path | None = None,
@@ -119,6 +125,9 @@ def encrypt_submodule(
         max_cost: complexity that a circuit may have; then the least error is made that it allows.
             Where several circuits share keys, both hold for the first target at the greatest
             length, and the other circuits take its widths.
+        target_agreement: how often the model shall predict what it does in float (the largest of
+            its first result's numbers, at every position), with the noise of look-ups. The largest
+            error at which it does is found on the calibration inputs, and is the budget.
         passes: a pipeline in place of `fhe_fx.passes.default_pipeline()`.
         options: all other choices; the keywords above win over it.
         dump_dir: where a directory for each target is written with its print after every pass that
@@ -135,7 +144,7 @@ def encrypt_submodule(
         CaptureError: if the model cannot be captured, or the target is not one region.
         UnsupportedOpError: lists all operators of the target that cannot run encrypted.
         BitWidthError: if an accumulator cannot be held.
-        PassError: if max_error or max_cost cannot be kept to; says what can.
+        PassError: if max_error, max_cost or target_agreement cannot be kept to; says what can.
     """
     given = {
         "n_bits": None if isinstance(n_bits, _Default) else n_bits,
@@ -144,6 +153,7 @@ def encrypt_submodule(
         "p_error": p_error,
         "max_error": max_error,
         "max_cost": max_cost,
+        "target_agreement": target_agreement,
     }
     known = {k: v for k, v in given.items() if v is not None}
     options = dataclasses.replace(options or Options(), **known)  # type: ignore[arg-type]
@@ -172,13 +182,20 @@ def encrypt_submodule(
     with _in_float(copied):
         sample = sample_from_model if cache is None else cache.sampled
         lengths = _calibration_calls(copied, calibration, example, max_tokens, options, sample)
-        lower: Lowerer = run_pipeline if cache is None else cache.lowered
-        if len(paths) * len(lengths) > 1:
-            lower = LoweredAlike(lower)
-        made = [
-            _lower(copied, paths, calls, first, heads, pipeline, options, lower)
-            for calls, first in reversed(lengths)
-        ][::-1]
+        kept: Lowerer = run_pipeline if cache is None else cache.lowered
+
+        def lowered(options: Options, lower: Lowerer = kept) -> list[_Lowered]:
+            if len(paths) * len(lengths) > 1:
+                lower = LoweredAlike(lower)
+            return [
+                _lower(copied, paths, calls, first, heads, pipeline, options, lower)
+                for calls, first in reversed(lengths)
+            ][::-1]
+
+        if options.target_agreement is None:
+            made = lowered(options)
+        else:
+            made = _lowered_to_agree(copied, paths, lengths[-1][0], options, lowered)
     regions = [region for targets in made for region, _ in targets]
     if len(regions) > 1:
         Keyring(regions)
@@ -187,7 +204,7 @@ def encrypt_submodule(
         original = copied.get_submodule(path)
         parts = [EncryptedModule(original, region, signature) for region, signature in rungs]
         found[original] = parts[0] if len(parts) == 1 else Ladder(original, parts)
-    _put(copied, found)
+    put(copied, found)
     save_for_two(copied)
     return copied
 
@@ -269,6 +286,39 @@ def _lower(
     for region, _ in made:
         region.tokens, region.call = _length(first), first
     return made
+
+
+def _lowered_to_agree(
+    model: nn.Module,
+    paths: Sequence[str],
+    calls: Sequence[Call],
+    options: Options,
+    lowered: Callable[..., list[_Lowered]],
+) -> list[_Lowered]:
+    """Lower with the largest error of look-ups at which predictions agree often enough."""
+    target = cast(float, options.target_agreement)
+    agreement = Agreement(model, calls, options.seed)
+
+    def parts(made: list[_Lowered]) -> list[EncryptedModule]:
+        named = zip(paths, made[-1], strict=True)
+        return [EncryptedModule(model.get_submodule(p), *both) for p, both in named]
+
+    plain = dataclasses.replace(options, target_agreement=None)
+    in_float = lowered(plain, lambda captured, pipeline: captured)
+    error = agreement.error_at(target, parts(in_float))
+    tried = []
+    for _ in range(_ATTEMPTS):
+        made = lowered(dataclasses.replace(plain, max_error=error))
+        found = agreement.simulated(parts(made))
+        if found >= target:
+            return made
+        tried.append(f"{found:.3f} at max_error={error:.2g}")
+        error *= _TIGHTER
+    raise PassError(
+        f"{', '.join(paths)}: target_agreement={target:g} is not reached on the calibration "
+        f"inputs: {'; '.join(tried)}. Try more n_bits than {options.n_bits}, which are finer where "
+        f"look-ups are not what errs, or target_agreement={float(tried[-1].split()[0]):g}."
+    )
 
 
 def compile(model: nn.Module, *, verbose: bool = True) -> Report:
@@ -511,16 +561,6 @@ def _in_float(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.mode = mode
-
-
-def _put(model: nn.Module, found: Mapping[nn.Module, StandIn]) -> None:
-    """Put each stand-in wherever the model holds its original, which may be in several places."""
-    for parent in list(model.modules()):
-        if parent in found.values():
-            continue
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in found:
-                parent._modules[name] = found[child]
 
 
 def _check_weights(model: nn.Module, paths: Sequence[str]) -> None:

@@ -48,6 +48,9 @@ class Options:
     it they may err as much as rounding to `lookup_bits` would."""
     max_cost: float | None = None
     """Complexity that the look-ups of a circuit may have; the least error at that is taken."""
+    target_agreement: float | None = None
+    """How often the model shall predict what it does in float, from 0 to 1; the largest error of
+    look-ups at which it does is found on the calibration inputs."""
     most_widths: int = 2
     """How many widths of look-ups a circuit may have, 1 or 2. Each has keys of its own, so circuits
     that share keys have one."""
@@ -91,8 +94,19 @@ class Options:
                 raise OptionsError(
                     f"{name}={value!r} is not a positive number. Try {name}={example:g}."
                 )
-        if self.max_error is not None and self.max_cost is not None:
-            raise OptionsError("Give max_error or max_cost, not both: one is what the other costs.")
+        target = self.target_agreement
+        if target is not None and not (_is_number(target) and 0 < target < 1):
+            raise OptionsError(
+                f"target_agreement={target!r} is not a part between 0 and 1. "
+                f"Try target_agreement=0.97."
+            )
+        budgets = ("max_error", "max_cost", "target_agreement")
+        given = [name for name in budgets if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise OptionsError(
+                f"Give {' or '.join(given)}, not {'both' if len(given) == 2 else 'all'}: one is "
+                f"what the other costs."
+            )
         for rule in self.rules:
             _check_rule(rule)
 
@@ -115,7 +129,8 @@ class Options:
     @property
     def is_uniform(self) -> bool:
         """Whether every look-up that no rule names reads `lookup_bits`."""
-        return self.p_error is not None and self.max_error is None and self.max_cost is None
+        budgets = (self.max_error, self.max_cost, self.target_agreement)
+        return self.p_error is not None and all(budget is None for budget in budgets)
 
     @property
     def chosen_p_error(self) -> float:

@@ -212,6 +212,14 @@ def test_data_dependent_control_flow() -> None:
         ({"n_bits": True}, "n_bits=True is not an integer. Try n_bits=1."),
         ({"input_bits": 1}, "input_bits=1 is outside [2, 16]."),
         ({"weight_bits": 99}, "weight_bits=99 is outside [2, 16]."),
+        (
+            {"target_agreement": 97},
+            "target_agreement=97 is not a part between 0 and 1. Try target_agreement=0.97.",
+        ),
+        (
+            {"target_agreement": 0.97, "max_cost": 1e9},
+            "Give max_cost or target_agreement, not both: one is what the other costs.",
+        ),
         ({"p_error": 0}, "p_error=0 is not a probability between 0 and 1. Try p_error=0.1."),
         ({"p_error": 1.0}, "p_error=1.0 is not a probability between 0 and 1. Try p_error=0.1."),
         (

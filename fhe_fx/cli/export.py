@@ -24,6 +24,7 @@ from fhe_fx.cli.options import (
     Rules,
     Seed,
     Submodules,
+    TargetAgreement,
     budget_of,
     lengths_of,
 )
@@ -55,6 +56,7 @@ def export(
     p_error: PError = None,
     max_error: MaxError = None,
     max_cost: MaxCost = None,
+    target_agreement: TargetAgreement = None,
     rule: Rules = None,
     seed: Seed = 0,
     evaluation: Annotated[
@@ -77,7 +79,7 @@ def export(
     from fhe_fx.export import FILES, check_destination, export_region, save
     from fhe_fx.ir.program import Program
 
-    budget = budget_of(p_error, max_error, max_cost, rule)
+    budget = budget_of(p_error, max_error, max_cost, target_agreement, rule)
     if out is None and onnx is None:
         raise OptionsError("Give where to write: --out DIR, --onnx DIR, or both.")
     if out is not None:

@@ -25,6 +25,7 @@ from fhe_fx.cli.options import (
     Rules,
     Seed,
     Submodule,
+    TargetAgreement,
     Tokens,
     budget_of,
 )
@@ -78,6 +79,7 @@ def graph(
     p_error: PError = None,
     max_error: MaxError = None,
     max_cost: MaxCost = None,
+    target_agreement: TargetAgreement = None,
     rule: Rules = None,
     seed: Seed = 0,
     passes: Passes = None,
@@ -87,7 +89,7 @@ def graph(
     from fhe_fx.export.manifest import MANIFEST
     from fhe_fx.report.page import LEVELS, read_snapshots, to_page, to_svg
 
-    budget = budget_of(p_error, max_error, max_cost, rule)
+    budget = budget_of(p_error, max_error, max_cost, target_agreement, rule)
     if html is None and svg is None:
         raise OptionsError("Give what to write: --html out.html, --svg out.svg, or both.")
     if level not in LEVELS:

@@ -24,6 +24,7 @@ from fhe_fx.cli.options import (
     Rules,
     Seed,
     Submodule,
+    TargetAgreement,
     budget_of,
     head_numbers,
     lengths_of,
@@ -67,6 +68,7 @@ def generate(
     p_error: PError = None,
     max_error: MaxError = None,
     max_cost: MaxCost = None,
+    target_agreement: TargetAgreement = None,
     rule: Rules = None,
     seed: Annotated[int, typer.Option(help="Of draws, random weights, sampled calibration.")] = 0,
     as_json: AsJson = False,
@@ -81,7 +83,7 @@ def generate(
     from fhe_fx.runtime.generate import Sampling, lengths_for, plan_generation, rows_read
     from fhe_fx.runtime.ranges import range_warnings
 
-    budget = budget_of(p_error, max_error, max_cost, rule)
+    budget = budget_of(p_error, max_error, max_cost, target_agreement, rule)
     modes = ("clear", "simulate", "execute")
     if mode not in modes:
         raise OptionsError(
@@ -205,6 +207,7 @@ def evaluate(
     p_error: PError = None,
     max_error: MaxError = None,
     max_cost: MaxCost = None,
+    target_agreement: TargetAgreement = None,
     rule: Rules = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -222,7 +225,9 @@ def evaluate(
     bits, stages, chosen = parse_bits(n_bits), parse_modes(modes), head_numbers(heads)
     if submodule is None:
         raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
-    options = options_of(bits[0], seed, budget_of(p_error, max_error, max_cost, rule))
+    options = options_of(
+        bits[0], seed, budget_of(p_error, max_error, max_cost, target_agreement, rule)
+    )
     with progress("loading the model") as show:
         named = language_model(model, seed)
         assert named.module is not None
@@ -284,6 +289,7 @@ def inspect(
     p_error: PError = None,
     max_error: MaxError = None,
     max_cost: MaxCost = None,
+    target_agreement: TargetAgreement = None,
     rule: Rules = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -294,7 +300,7 @@ def inspect(
     from fhe_fx.evaluate.texts import read_texts, sample_texts
     from fhe_fx.inspection.inspect import MODES
 
-    budget = budget_of(p_error, max_error, max_cost, rule)
+    budget = budget_of(p_error, max_error, max_cost, target_agreement, rule)
     if mode not in MODES:
         raise OptionsError(
             f"--mode {mode!r} is not one of {', '.join(MODES)}.{did_you_mean(mode, MODES)}"

@@ -29,6 +29,7 @@ __all__ = [
     "Seed",
     "Submodule",
     "Submodules",
+    "TargetAgreement",
     "Tokens",
     "budget_of",
     "head_numbers",
@@ -76,6 +77,10 @@ MaxError = Annotated[
 ]
 MaxCost = Annotated[
     float | None, typer.Option(help="Complexity that a circuit may have; then the least error.")
+]
+TargetAgreement = Annotated[
+    float | None,
+    typer.Option(help="How often the model shall predict what it does in float, as 0.97."),
 ]
 Rules = Annotated[
     list[str] | None,
@@ -133,7 +138,11 @@ def lengths_of(text: str) -> tuple[int, ...]:
 
 
 def budget_of(
-    p_error: float | None, max_error: float | None, max_cost: float | None, rules: list[str] | None
+    p_error: float | None,
+    max_error: float | None,
+    max_cost: float | None,
+    target_agreement: float | None,
+    rules: list[str] | None,
 ) -> dict[str, Any]:
     """Return the options that say how exact look-ups are.
 
@@ -144,6 +153,7 @@ def budget_of(
         "p_error": p_error,
         "max_error": max_error,
         "max_cost": max_cost,
+        "target_agreement": target_agreement,
         "rules": tuple(_rule(text) for text in rules or []),
     }
 

@@ -22,6 +22,7 @@ from fhe_fx.cli.options import (
     Rules,
     Seed,
     Submodules,
+    TargetAgreement,
     budget_of,
     lengths_of,
 )
@@ -46,6 +47,7 @@ def report(
     p_error: PError = None,
     max_error: MaxError = None,
     max_cost: MaxCost = None,
+    target_agreement: TargetAgreement = None,
     rule: Rules = None,
     seed: Seed = 0,
     passes: Passes = None,
@@ -58,7 +60,7 @@ def report(
     from fhe_fx.export import MANIFEST
     from fhe_fx.report import Report
 
-    budget = budget_of(p_error, max_error, max_cost, rule)
+    budget = budget_of(p_error, max_error, max_cost, target_agreement, rule)
     if (Path(model) / MANIFEST).is_file():
         found = Report.from_costs([manifest["cost"] for manifest in artefacts(Path(model))])
     elif not submodule:

@@ -28,7 +28,6 @@ from fhe_fx.evaluate.stages import (
     Clear,
     FakeQuantized,
     Simulated,
-    StagedRegion,
 )
 from fhe_fx.evaluate.texts import (
     DataError,
@@ -43,6 +42,7 @@ from fhe_fx.report import report_on
 from fhe_fx.report.machine import installed_version, machine_name
 from fhe_fx.runtime.ranges import RangeUse, range_warnings
 from fhe_fx.runtime.region import Region
+from fhe_fx.runtime.staged import StagedRegion
 
 __all__ = ["evaluate_submodule"]
 

@@ -8,10 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -19,41 +15,14 @@ from fhe_fx.backends.reference.batch import run_batch
 from fhe_fx.backends.reference.noise import LookupNoise
 from fhe_fx.evaluate.fake import fake_quantized
 from fhe_fx.ir.program import Program
-from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.ranges import RangeUse, RangeWatch
 from fhe_fx.runtime.region import Region
+from fhe_fx.runtime.staged import IntegerRunner, Samples
 
-__all__ = ["STAGES", "Clear", "FakeQuantized", "Runner", "Simulated", "StagedRegion"]
+__all__ = ["STAGES", "Clear", "FakeQuantized", "Simulated"]
 
 STAGES = ("fake_quantized", "clear", "simulated")
 """What a setting can be evaluated at, in the order of the way."""
-
-Samples = Sequence[Sequence[Tensor]]
-
-
-class Runner(Protocol):
-    """Runs the encrypted part on real inputs, one list of tensors a sample."""
-
-    def __call__(self, samples: Samples) -> list[list[Tensor]]:
-        """Return one list of results a sample."""
-
-
-@dataclass
-class StagedRegion(Region):
-    """A region whose circuit is played by a runner."""
-
-    runner: Runner | None = None
-
-    @staticmethod
-    def of(region: Region, runner: Runner) -> StagedRegion:
-        """Return the region with a runner in place of its circuit."""
-        given = {f.name: getattr(region, f.name) for f in fields(Region)}
-        return StagedRegion(**given, runner=runner)
-
-    def run_circuits(self, samples: Samples, mode: str) -> list[list[Tensor]]:
-        """Let the runner run."""
-        assert self.runner is not None
-        return self.runner(samples)
 
 
 class FakeQuantized:
@@ -68,23 +37,6 @@ class FakeQuantized:
         inputs = [reals[self.program.source_of(n)] for n in self.program.placeholders]
         results = run_batch(self.program, inputs)
         return [[r.float() for r in row] for row in zip(*results, strict=True)]
-
-
-class _Integers:
-    """Runs an integer program between encoding and decoding."""
-
-    def __init__(self, program: Program) -> None:
-        self.program, self.codec = program, Codec.of(program)
-
-    def encode(self, samples: Samples) -> list[Tensor]:
-        encoded = [self.codec.encode(inputs) for inputs in samples]
-        return [
-            torch.stack([torch.from_numpy(q) for q in port]) for port in zip(*encoded, strict=True)
-        ]
-
-    def decode(self, results: Sequence[Tensor]) -> list[list[Tensor]]:
-        rows = zip(*results, strict=True)
-        return [self.codec.decode([r.numpy() for r in row]) for row in rows]
 
 
 class Clear:
@@ -103,7 +55,7 @@ class Clear:
         return self._watch.uses
 
 
-class Simulated(_Integers):
+class Simulated(IntegerRunner):
     """The integers with noise, and how far they then are from the integers without."""
 
     def __init__(self, program: Program, seed: int) -> None:

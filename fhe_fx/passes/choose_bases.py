@@ -41,6 +41,11 @@ class ChooseBases(Pass):
     tolerance: float = 1.0
     """Error of the results that leaving out channels may make, in parts of 2**-n_bits of their
     size. One is what rounding the results to that many bits would make, about."""
+    part_of_budget: float = 0.5
+    """The same where the options give a `max_error`, in parts of it: both add up by squares."""
+    rotates: bool = True
+    """Whether the directions kept are rotated until each channel varies alike; else the first
+    varies most, and all have the slots that it needs."""
 
     def run(self, program: Program) -> bool:
         """Rewrite one product after the other."""
@@ -71,7 +76,10 @@ class ChooseBases(Pass):
         affine = b.add(of_right, b.transpose(of_left, -2, -1))
         new = b.shift(affine, -means.left @ means.right)
         if rank:
-            left, right = (m.float() for m in bases.equalized(rank, program.options.seed))
+            chosen = (
+                bases.equalized(rank, program.options.seed) if self.rotates else bases.kept(rank)
+            )
+            left, right = (m.float() for m in chosen)
             rows = b.linear(b.shift(x, compact(-means.left)), left)
             columns = b.linear(b.shift(columns, compact(-means.right.mT)), right)
             new = b.add(b.matmul(rows, b.transpose(columns, -2, -1)), new)
@@ -79,7 +87,10 @@ class ChooseBases(Pass):
 
     def _rank(self, program: Program, node: fx.Node, bases: Bases, means: _Means) -> int:
         """Return the least rank that keeps the results within the tolerance, by bisection."""
+        budget = program.options.max_error
         allowed = self.tolerance * 2.0**-program.options.n_bits
+        if budget is not None:
+            allowed = self.part_of_budget * budget
         exact = [program.observed[n.name] for n in program.results]
         inputs = program.stacked(program.samples)
 

@@ -40,11 +40,16 @@ class LowerToIntegers(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"integer"})
     breaks: ClassVar[frozenset[str]] = frozenset({"normal", "calibrated", "scales", "fused"})
 
+    corrects_sums: bool = True
+    """Whether weights are rounded for the error of their sums; else each is by itself."""
+    averages_slots: bool = True
+    """Whether a table answers with the mean over a slot; else with the value in its middle."""
+
     def run(self, program: Program) -> bool:
         """Translate node by node."""
         module = fx.GraphModule(torch.nn.Module(), fx.Graph())
         end = module.graph.output(())
-        lowering = _Lowering(program, module, end)
+        lowering = _Lowering(self, program, module, end)
         for node in program.encrypted():
             lowering.values[node] = lowering.lower(node)
         end.args = (tuple(lowering.result(n) for n in program.results),)
@@ -63,7 +68,10 @@ class _Integer:
 
 
 class _Lowering:
-    def __init__(self, program: Program, module: fx.GraphModule, end: fx.Node) -> None:
+    def __init__(
+        self, settings: LowerToIntegers, program: Program, module: fx.GraphModule, end: fx.Node
+    ) -> None:
+        self.settings = settings
         self.program, self.module, self.end = program, module, end
         self.values: dict[fx.Node, _Integer] = {}
 
@@ -105,10 +113,13 @@ class _Lowering:
         exact = weight * x.scale[..., :1, :].transpose(-2, -1) / scale[..., :1, :]
         while exact.dim() > weight.dim() and exact.shape[0] == 1:
             exact = exact[0]
-        values = (self.program.observed[d.input_node(node).name].double() - x.offset) / x.scale
-        mean = values.mean(0)
-        whole = round_weights(exact, _rows_of(values - mean, exact))
-        offset = torch.matmul(x.offset, weight) + torch.matmul(mean, exact - whole) * scale
+        whole, offset = exact.round().long(), torch.matmul(x.offset, weight)
+        if self.settings.corrects_sums:
+            observed = self.program.observed[d.input_node(node).name].double()
+            values = (observed - x.offset) / x.scale
+            mean = values.mean(0)
+            whole = round_weights(exact, _rows_of(values - mean, exact))
+            offset = offset + torch.matmul(mean, exact - whole) * scale
         new = builder.linear(x.node, whole)
         return self._typed(new, scale, offset, int(node.meta["width"]))
 
@@ -161,6 +172,7 @@ class _Lowering:
             scale,
             bits,
             (least - room, greatest + room),
+            averages=self.settings.averages_slots,
         )
         read = builder.lookup(x.node, tables.entries, tables.which, bits, accumulator - bits)
         read.meta["function"] = operator_name(node)

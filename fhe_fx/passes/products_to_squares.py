@@ -40,6 +40,9 @@ class ProductsToSquares(Pass):
     gives: ClassVar[frozenset[str]] = frozenset({"no-products"})
     breaks: ClassVar[frozenset[str]] = frozenset({"calibrated"})
 
+    centres: bool = True
+    """Whether squares are taken around the mean of the sums; else around zero."""
+
     def run(self, program: Program) -> bool:
         """Rewrite all products, with ranges observed before any of them changed."""
         nodes = program.calls(d.MUL)
@@ -68,7 +71,7 @@ class ProductsToSquares(Pass):
         zeros = torch.zeros(classes.n_classes, dtype=torch.float64)
         counts = zeros.scatter_add(0, group.reshape(-1), torch.ones(group.numel()).double())
         means = zeros.scatter_add(0, group.reshape(-1), u.double().mean(0).reshape(-1))
-        means = means / counts.clamp_min(1)
+        means = means / counts.clamp_min(1) if self.centres else zeros
         return _Plan(
             left,
             right,

@@ -39,6 +39,7 @@ def build_tables(
     scale: Tensor,
     bits: int,
     bounds: tuple[Tensor, Tensor] | None = None,
+    averages: bool = True,
 ) -> Tables:
     """Tabulate `function` for every element.
 
@@ -56,9 +57,11 @@ def build_tables(
         bounds: least and greatest real output that the encoding has room for. A table reaches a
             little beyond the calibrated range, where a function may have a pole, or no value (a
             logarithm below zero); there it answers what it does at the nearest point that has one.
+        averages: False to answer the function of the middle of a slot.
     """
     half = 1 << (bits - 1)
-    columns = [slot_mean(function, centre + slot * r, slot) for r in range(-half, half)]
+    averaged = slot if averages else torch.zeros_like(slot)
+    columns = [slot_mean(function, centre + slot * r, averaged) for r in range(-half, half)]
     values = _continued(torch.stack(columns, -1))
     if bounds is not None:
         values = values.clamp(bounds[0].unsqueeze(-1), bounds[1].unsqueeze(-1))

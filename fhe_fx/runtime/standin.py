@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from fhe_fx.errors import TargetError
 if TYPE_CHECKING:
     from fhe_fx.runtime.module import EncryptedModule
 
-__all__ = ["StandIn", "encrypted_modules", "stand_ins"]
+__all__ = ["StandIn", "encrypted_modules", "put", "stand_ins"]
 
 
 class StandIn(nn.Module):
@@ -83,3 +83,13 @@ def encrypted_modules(model: nn.Module) -> list[EncryptedModule]:
             f"fhe_fx.encrypt_submodule returned; it leaves the one it is given as it was."
         )
     return found
+
+
+def put(model: nn.Module, found: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules wherever a model holds those that they are to replace: in one place or more."""
+    for parent in list(model.modules()):
+        if parent in found.values():
+            continue
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in found:
+                parent._modules[name] = found[child]

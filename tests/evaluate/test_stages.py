@@ -13,9 +13,10 @@ from torch import Tensor
 import fhe_fx
 from fhe_fx.api import encrypted_modules
 from fhe_fx.evaluate.run import EXCESS
-from fhe_fx.evaluate.stages import Clear, FakeQuantized, Simulated, StagedRegion
+from fhe_fx.evaluate.stages import Clear, FakeQuantized, Simulated
 from fhe_fx.ir import Program
 from fhe_fx.runtime.region import Region
+from fhe_fx.runtime.staged import StagedRegion
 from tests.models import shipped_gpt2
 from tests.programs import lower, program_from, seeded
 
