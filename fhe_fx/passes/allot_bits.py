@@ -23,7 +23,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import fx
 
@@ -79,12 +79,11 @@ class AllotBits(Pass):
         budget = _Budget.of(options, [*free, *fixed])
         log_norm = log_norm_of(program)
         by_need = sorted(free, key=lambda g: -g.response / g.look_ups)
-        best: dict[bool, _Allotment] = {}
+        splits = _Splits(by_need, fixed, log_norm)
+        best: dict[bool, _Split] = {}
         least_error, least_cost = math.inf, math.inf
         for p_error, wide, narrow in self._choices(options):
-            for n_wide in [0] if wide == narrow else range(1, len(by_need)):
-                bits = {g: wide if i < n_wide else narrow for i, g in enumerate(by_need)}
-                found = _Allotment(p_error, fixed | bits, log_norm)
+            for found in splits.of(p_error, wide, narrow):
                 least_error = min(least_error, found.error)
                 least_cost = min(least_cost, found.cost)
                 is_mixed = wide != narrow
@@ -97,11 +96,11 @@ class AllotBits(Pass):
         if not best:
             raise PassError(budget.refusal(program.name, math.sqrt(least_error), least_cost))
         if len(best) == 1:
-            return next(iter(best.values()))
+            return splits.allotment(next(iter(best.values())))
         is_worth_it = best[True].cost <= (1 - self.least_saving) * best[False].cost
         if budget.max_cost is not None:
             is_worth_it = best[True].error <= (1 - self.least_saving) * best[False].error
-        return best[is_worth_it]
+        return splits.allotment(best[is_worth_it])
 
     def _choices(self, options: Options) -> Iterator[tuple[float, int, int]]:
         """List all `p_error` with two widths each, the second at most as wide."""
@@ -135,20 +134,66 @@ class _Allotment:
 
     p_error: float
     bits: dict[_Group, int]
-    log_norm: float = 0.0
-    """Of the noisiest sum."""
 
     @property
     def error(self) -> float:
         """Predicted variance of the results, in parts of theirs."""
         return sum(g.error(bits, self.p_error) for g, bits in self.bits.items())
 
-    @property
-    def cost(self) -> float:
-        """Predicted complexity."""
-        return sum(
-            g.look_ups * lookup_cost(b, self.p_error, self.log_norm) for g, b in self.bits.items()
-        )
+
+class _Split(NamedTuple):
+    """What it costs to give the first groups one width, and the others a second."""
+
+    error: float
+    """Predicted variance of the results, in parts of theirs."""
+    cost: float
+    """Predicted complexity."""
+    p_error: float
+    wide: int
+    narrow: int
+    n_wide: int
+    """How many groups have the first width; none where the two are one."""
+
+
+class _Splits:
+    """Error and cost of every way to split the groups, by sums over the first k of them."""
+
+    def __init__(
+        self, by_need: Sequence[_Group], fixed: dict[_Group, int], log_norm: float
+    ) -> None:
+        """Add up.
+
+        Args:
+            by_need: groups whose width is free, those that need bits most first.
+            fixed: the others, with their width.
+            log_norm: of the noisiest sum.
+        """
+        self._by_need, self._fixed, self._log_norm = by_need, fixed, log_norm
+        self._responses = [0.0, *itertools.accumulate(g.response for g in by_need)]
+        self._look_ups = [0, *itertools.accumulate(g.look_ups for g in by_need)]
+
+    def of(self, p_error: float, wide: int, narrow: int) -> Iterator[_Split]:
+        """List the ways with two widths; with one, the only one."""
+        log_norm, bits = self._log_norm, self._fixed
+        error = sum(g.error(b, p_error) for g, b in bits.items())
+        cost = sum(g.look_ups * lookup_cost(b, p_error, log_norm) for g, b in bits.items())
+        errors = [lookup_variance(b, p_error) for b in (wide, narrow)]
+        costs = [lookup_cost(b, p_error, log_norm) for b in (wide, narrow)]
+        for n in [0] if wide == narrow else range(1, len(self._by_need)):
+            responses = self._responses[n], self._responses[-1] - self._responses[n]
+            counts = self._look_ups[n], self._look_ups[-1] - self._look_ups[n]
+            yield _Split(
+                error + responses[0] * errors[0] + responses[1] * errors[1],
+                cost + counts[0] * costs[0] + counts[1] * costs[1],
+                p_error, wide, narrow, n,
+            )  # fmt: skip
+
+    def allotment(self, split: _Split) -> _Allotment:
+        """Return the width of every group."""
+        bits = {
+            g: split.wide if i < split.n_wide else split.narrow for i, g in enumerate(self._by_need)
+        }
+        return _Allotment(split.p_error, self._fixed | bits)
 
 
 @dataclass(frozen=True)
@@ -168,13 +213,13 @@ class _Budget:
         exact = lookup_variance(options.lookup_bits, 0.0)
         return _Budget(sum(g.response for g in groups) * exact, None, is_default=True)
 
-    def holds(self, found: _Allotment) -> bool:
+    def holds(self, found: _Split) -> bool:
         if self.variance is not None:
             return found.error <= self.variance
         assert self.max_cost is not None
         return found.cost <= self.max_cost
 
-    def rank(self, found: _Allotment) -> tuple[float, float]:
+    def rank(self, found: _Split) -> tuple[float, float]:
         is_for_cost = self.max_cost is None
         return (found.cost, found.error) if is_for_cost else (found.error, found.cost)
 

@@ -18,6 +18,8 @@ ROOM = 0.05
 beyond theirs may lead to a pole; its value would wrap in the accumulator that reads it."""
 _POINTS = 8
 """Points at which a function is averaged over one slot."""
+_ELEMENTS = 1 << 18
+"""Values of which a function is taken at once, about: no larger than a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,13 @@ def build_tables(
     """
     half = 1 << (bits - 1)
     averaged = slot if averages else torch.zeros_like(slot)
-    columns = [slot_mean(function, centre + slot * r, averaged) for r in range(-half, half)]
-    values = _continued(torch.stack(columns, -1))
+    together = max(1, _ELEMENTS // (_POINTS * max(1, centre.numel())))
+    entries_at_once = torch.arange(-half, half, dtype=torch.float64).split(together)
+    columns = [
+        slot_mean(function, centre + slot * r.view(-1, *[1] * centre.dim()), averaged)
+        for r in entries_at_once
+    ]
+    values = _continued(torch.cat(columns).movedim(0, -1))
     if bounds is not None:
         values = values.clamp(bounds[0].unsqueeze(-1), bounds[1].unsqueeze(-1))
     constant = (values[..., :1] + values[..., -1:]) / 2
