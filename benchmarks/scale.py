@@ -95,6 +95,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(CHANNELS, 2 * CHANNELS), nn.Linear(2 * CHANNELS, CHANNELS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the block, [1, ROWS, CHANNELS] to the same."""
         q, k, v = (
             part.view(1, ROWS, HEADS, -1).transpose(1, 2)
             for part in self.read(self.first(x)).chunk(3, -1)
@@ -147,17 +148,23 @@ def stack(depth: int) -> Row:
 
 def page(whole: Row, points: list[Row]) -> str:
     """Write what was measured."""
+    lowered = (
+        f"All {whole['parts']} attentions of `{MODEL}`, {TOKENS} tokens, lowered one after the "
+        f"other from the float model: {whole['look_ups']:,} look-ups, {whole['seconds']:.0f} "
+        f"seconds of one core, {whole['gigabytes']:.1f} GB at most."
+    )
+    stacks = (
+        f"Stacks of small blocks ({CHANNELS} channels, {HEADS} heads, {ROWS} rows), each "
+        "encrypted whole, so that the graph alone grows:"
+    )
     lines = [
         "<!-- Written by `python benchmarks/scale.py --page docs/scale.md`. -->",
         "",
         "# How lowering grows",
         "",
-        f"All {whole['parts']} attentions of `{MODEL}`, {TOKENS} tokens, lowered one after the "
-        f"other from the float model: {whole['look_ups']:,} look-ups, {whole['seconds']:.0f} "
-        f"seconds of one core, {whole['gigabytes']:.1f} GB at most.",
+        lowered,
         "",
-        f"Stacks of small blocks ({CHANNELS} channels, {HEADS} heads, {ROWS} rows), each "
-        "encrypted whole, so that the graph alone grows:",
+        stacks,
         "",
         "| blocks | nodes of the integer graph | look-ups | CPU-seconds | ms a node |",
         "|---|---|---|---|---|",

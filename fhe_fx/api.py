@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,8 +19,10 @@ from torch.utils import _pytree as pytree
 from fhe_fx.backends import get_backend
 from fhe_fx.capture import (
     capture,
+    clear_names,
     graph_of,
     graph_of_exported,
+    parameter_of,
     resolve_targets,
     submodule_between,
     submodules_of,
@@ -84,6 +86,7 @@ def encrypt_submodule(
     n_bits: int = _DEFAULT_BITS,
     max_tokens: int | Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
+    clear_inputs: str | Sequence[str] = (),
     calibration: Iterable[Any] | None = None,
     example: Any = None,
     input_bits: int | None = None,
@@ -113,6 +116,9 @@ def encrypt_submodule(
             as in (4, 8, 16), make a circuit each, with keys in common; a call takes the shortest
             that it fits.
         heads: encrypt these heads of an attention only, with their q, k and v projections.
+        clear_inputs: arguments of the targets that the server may see, such as a mask, by the name
+            of the parameter: the circuit multiplies by them without a look-up. All others that
+            depend on the model's input are encrypted.
         calibration: model inputs, each a tensor, a tuple of tensors or a mapping of keyword
             arguments. Without them a language model writes its own.
         example: one such input, whose shapes the circuit takes; by default the first calibration
@@ -173,6 +179,7 @@ def encrypt_submodule(
     paths = resolve_targets(model, target)
     _refuse_encrypted(model, paths)
     _check_weights(model, paths)
+    clear = clear_names(model, paths, clear_inputs)
     pipeline = passes or default_pipeline()
     if dump_dir is not None:
         pipeline = pipeline.dumping(Path(dump_dir))
@@ -181,14 +188,16 @@ def encrypt_submodule(
     _without_cache(copied)
     with _in_float(copied):
         sample = sample_from_model if cache is None else cache.sampled
-        lengths = _calibration_calls(copied, calibration, example, max_tokens, options, sample)
+        lengths = _calibration_calls(
+            copied, calibration, example, max_tokens, options, sample, has_masks=bool(clear)
+        )
         kept: Lowerer = run_pipeline if cache is None else cache.lowered
 
         def lowered(options: Options, lower: Lowerer = kept) -> list[_Lowered]:
             if len(paths) * len(lengths) > 1:
                 lower = LoweredAlike(lower)
             return [
-                _lower(copied, paths, calls, first, heads, pipeline, options, lower)
+                _lower(copied, paths, calls, first, heads, pipeline, options, lower, clear)
                 for calls, first in reversed(lengths)
             ][::-1]
 
@@ -278,11 +287,22 @@ def _lower(
     pipeline: Pipeline,
     options: Options,
     lower: Lowerer,
+    clear: Collection[str] = (),
 ) -> list[tuple[Region, Signature]]:
     """Capture a model at the length of its example, and lower each target."""
-    whole = capture(model, first.args, first.kwargs, paths)
+
+    def is_clear(path: str, leaf: str) -> bool:
+        return leaf in clear or parameter_of(model.get_submodule(path), leaf) in clear
+
+    def clear_leaves(path: str, args: Any, kwargs: Any) -> list[int]:
+        return [i for i, leaf in enumerate(keyed_leaves(args, kwargs)) if is_clear(path, leaf)]
+
+    whole = capture(model, first.args, first.kwargs, paths, clear_leaves)
     recorded = _record(model, paths, [first, *calls])
-    made = [build_region(whole, p, recorded[p], heads, pipeline, options, lower) for p in paths]
+    made = []
+    for p in paths:
+        seen = [leaf for leaf in recorded[p][0][0] if is_clear(p, leaf)]
+        made.append(build_region(whole, p, recorded[p], heads, pipeline, options, lower, seen))
     for region, _ in made:
         region.tokens, region.call = _length(first), first
     return made
@@ -388,17 +408,23 @@ def _calibration_calls(
     max_tokens: int | Sequence[int] | None,
     options: Options,
     sample: Callable[[nn.Module, int, Options], list[Call]],
+    *,
+    has_masks: bool = False,
 ) -> list[tuple[list[Call], Call]]:
     """Return calibration calls and an example for each length, from the shortest to the longest."""
+
+    def plain(call: Call) -> Call:
+        return call if has_masks else _plain(model, call)
+
     lengths = _lengths(max_tokens)
-    shown = None if example is None else _split_batch(_plain(model, as_call(example)))[0]
+    shown = None if example is None else _split_batch(plain(as_call(example)))[0]
     usual = lengths[-1] if lengths else _length(shown) or 0
     if calibration is None:
         usual = usual or DEFAULT_TOKENS
         calls = sample(model, usual, options)
     else:
         given = check_calibration(calibration)
-        calls = [row for c in given for row in _split_batch(_plain(model, c))]
+        calls = [row for c in given for row in _split_batch(plain(c))]
         known = sorted(n for c in calls if (n := _length(c)) is not None)
         usual = usual or (known[len(known) // 2] if known else 0)
     return [_calls_of_length(model, calls, shown, n) for n in lengths or [usual]]
@@ -636,6 +662,7 @@ def build_region(
     pipeline: Pipeline,
     options: Options,
     lower: Lowerer = run_pipeline,
+    clear: Collection[str] = (),
 ) -> tuple[Region, Signature]:
     """Cut a submodule out of a captured model and lower it to integers.
 
@@ -647,6 +674,7 @@ def build_region(
         pipeline: lowers the region.
         options: how.
         lower: runs the pipeline, or knows what it makes.
+        clear: leaves of its calls that the server may see.
     """
     target = Program(copy.deepcopy(whole.module), name=path, options=options)
     Pipeline((Annotate(path), Partition())).run(target)
@@ -654,17 +682,31 @@ def build_region(
     target.properties = {"captured"}
     leaves, _ = recorded[0]
     names = _encrypted_names(target, path, list(leaves))
+    for node, name in zip(target.placeholders, names, strict=True):
+        node.meta["clear"] = name in clear
     signature = Signature(
         encrypted=tuple(names),
         others={k: _detached(v) for k, v in leaves.items() if k not in names},
         results=_result_leaves(target, path),
         output=_constant_or_none([out for _, out in recorded], _result_leaves(target, path)),
     )
-    target.samples = [
-        tuple(call[name].detach().float() for name in names) for call, _ in recorded[1:]
-    ]
+    target.samples = _samples(path, names, [call for call, _ in recorded[1:]])
     Pipeline((Normalize(),)).run(target)
     return lower_region(target, heads, pipeline, lower), signature
+
+
+def _samples(
+    path: str, names: Sequence[str], calls: Sequence[Mapping[str, Any]]
+) -> list[tuple[Tensor, ...]]:
+    """Return the inputs of calls that give all of them: a model may leave out a mask of ones."""
+    full = [c for c in calls if all(isinstance(c.get(n), Tensor) for n in names)]
+    if len(full) < 2:
+        missing = {n for c in calls for n in names if not isinstance(c.get(n), Tensor)}
+        raise CalibrationError(
+            f"{path}: {len(full)} of {len(calls)} calibration calls give all inputs of the circuit "
+            f"as tensors; at least 2 are needed. Missing: {', '.join(sorted(missing))}."
+        )
+    return [tuple(call[name].detach().float() for name in names) for call in full]
 
 
 def _detached(value: Any) -> Any:
@@ -706,7 +748,8 @@ def _encrypted_names(target: Program, path: str, names: list[str]) -> list[str]:
         raise CaptureError(
             f"{path} reads {len(missing)} value(s) that depend on the model's input but are not "
             f"floating-point arguments of its forward.\n{listed}\n"
-            f"Encrypt a submodule that contains these too."
+            f"Encrypt a submodule that contains these too, or name an argument that the server may "
+            f"see, such as a mask: clear_inputs=[...]."
         )
     return [found[n.name] for n in target.placeholders]
 

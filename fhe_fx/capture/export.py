@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,8 +46,20 @@ _KEPT_WHOLE = (
 """Operators whose decomposition would hide what the passes look for, or lose what is exact."""
 
 
+ClearLeaves = Callable[[str, Any, Any], Collection[int]]
+"""Given a target's path and its arguments: numbers of the leaves that are clear."""
+
+
+def _no_leaves(path: str, args: Any, kwargs: Any) -> Collection[int]:
+    return ()
+
+
 def capture(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], targets: Sequence[str]
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    targets: Sequence[str],
+    clear: ClearLeaves = _no_leaves,
 ) -> Program:
     """Trace a model with the arguments and results of `targets` marked.
 
@@ -56,11 +68,13 @@ def capture(
         args: positional example inputs.
         kwargs: keyword example inputs.
         targets: dotted paths.
+        clear: which leaves of a target's call are clear; they are marked like those that are
+            encrypted, whatever numbers they hold.
 
     Raises:
         CaptureError: if torch.export cannot capture the model.
     """
-    with _marked(model, targets):
+    with _marked(model, targets, clear):
         exported = _export(model, args, kwargs)
     program = program_of(exported, name=type(model).__name__)
     _use_first_names(program, model)
@@ -163,13 +177,15 @@ def decompose(exported: torch.export.ExportedProgram) -> fx.GraphModule:
 
 
 @contextlib.contextmanager
-def _marked(model: nn.Module, targets: Sequence[str]) -> Iterator[None]:
+def _marked(
+    model: nn.Module, targets: Sequence[str], clear: ClearLeaves = _no_leaves
+) -> Iterator[None]:
     """Mark the tensors that enter and leave each target while the model is traced."""
 
-    def mark(op: Any, path: str, tree: Any) -> Any:
+    def mark(op: Any, path: str, tree: Any, also: Collection[int] = ()) -> Any:
         leaves, spec = pytree.tree_flatten(tree)
         marked = [
-            op(x, path, i) if isinstance(x, Tensor) and x.is_floating_point() else x
+            op(x, path, i) if isinstance(x, Tensor) and (x.is_floating_point() or i in also) else x
             for i, x in enumerate(leaves)
         ]
         return pytree.tree_unflatten(marked, spec)
@@ -179,7 +195,8 @@ def _marked(model: nn.Module, targets: Sequence[str]) -> Iterator[None]:
         module = model.get_submodule(path)
         handles.append(
             module.register_forward_pre_hook(
-                lambda m, a, k, path=path: mark(ENTER, path, (a, k)), with_kwargs=True
+                lambda m, a, k, path=path: mark(ENTER, path, (a, k), clear(path, a, k)),
+                with_kwargs=True,
             )
         )
         handles.append(

@@ -39,7 +39,8 @@ def fake_quantized(region: Region) -> Program:
         with program.graph.inserting_before(node):
             rounded = _rounding(program, source, middle, step)
         node.replace_input_with(source, rounded)
-    for node in [n for n in program.encrypted() if d.is_map(n) or n.op == "placeholder"]:
+    inputs = [n for n in program.placeholders if not d.is_clear(n)]
+    for node in [*inputs, *program.maps()]:
         scale: Tensor = node.meta["scale"]
         users = list(node.users)
         with program.graph.inserting_after(_last_placeholder(program, node)):

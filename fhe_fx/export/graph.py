@@ -104,6 +104,8 @@ def describe(
             return [written(a) for a in arg]
         if arg is None or isinstance(arg, (bool, int, float, str)):
             return arg
+        if isinstance(arg, torch.dtype):
+            return {"dtype": str(arg).removeprefix("torch.")}
         raise ArtifactError(f"An argument of type {type(arg).__name__} cannot be written: {arg!r}.")
 
     calls, modules = [], {}
@@ -144,6 +146,8 @@ def rebuild(
             return arg
         if "node" in arg:
             return made[arg["node"]]
+        if "dtype" in arg:
+            return _dtype(arg["dtype"])
         name = arg["constant"]
         if name not in constants:
             attribute = name.rpartition(".")[2]
@@ -170,3 +174,10 @@ def rebuild(
             made.append(graph.create_node("call_function", target, args, kwargs, call.get("name")))
     graph.lint()
     return fx.GraphModule(root, graph)
+
+
+def _dtype(name: object) -> torch.dtype:
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype):
+        raise ArtifactError(f"{name!r} is no type of numbers.")
+    return found

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import torch as safetensors
-from torch import Tensor
+from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from fhe_fx.errors import ArtifactError
@@ -28,7 +29,20 @@ __all__ = ["STAND_IN_FILES", "client_module", "client_tensors", "stand_in_files"
 
 STAND_IN_FILES = ("stand_in.json", "stand_in.safetensors")
 
-_FLOAT_OPERATORS: dict[str, Operator] = {str(op): op for op in d.FLOAT_OPS}
+aten = torch.ops.aten
+_MOVES = (
+    aten.to.dtype,
+    aten._to_copy.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.transpose.int,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.view.default,
+    aten.alias.default,
+)
+"""What clear inputs are moved and converted by, before a circuit takes them."""
+_FLOAT_OPERATORS: dict[str, Operator] = {str(op): op for op in (*d.FLOAT_OPS, *_MOVES)}
 
 
 def client_tensors(module: EncryptedModule) -> dict[str, Tensor]:
@@ -64,11 +78,32 @@ def _described(module: EncryptedModule) -> tuple[dict[str, Any], dict[str, Tenso
             },
             "output": _written_output(signature, tensors),
             "causal": _causal(module),
-            "composed": describe(region.composed, tensors, "composed.", {ENCRYPTED}),
+            "composed": _composed(region.composed, tensors),
         }
     except ArtifactError as error:
         raise ArtifactError(f"{region.name}: {error}") from error
     return described, tensors
+
+
+def _composed(composed: fx.GraphModule, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Describe prefix and suffix.
+
+    Raises:
+        ArtifactError: if they hold an operator that clients do not know.
+    """
+    parts = [composed, *(m for m in composed.children() if isinstance(m, fx.GraphModule))]
+    unknown = {
+        str(n.target)
+        for part in parts
+        for n in part.graph.nodes
+        if isinstance(n.target, OpOverload) and not _is_known(n.target)
+    }
+    if unknown:
+        raise ArtifactError(
+            f"a client would compute {', '.join(sorted(unknown))} on clear inputs, and knows no "
+            f"such operators. Compute them before the submodule is called."
+        )
+    return describe(composed, tensors, "composed.", {ENCRYPTED})
 
 
 def _causal(module: EncryptedModule) -> list[dict[str, Any]]:
@@ -125,6 +160,14 @@ def client_module(
             f"Save the model again."
         ) from error
     return ClientModule(skeleton, region, signature)
+
+
+def _is_known(operator: Any) -> bool:
+    try:
+        _operator(str(operator))
+    except (ValueError, AttributeError):
+        return False
+    return True
 
 
 def _operator(name: str) -> Operator:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import (
+    GATE,
     LINEAR,
     LOOKUP,
     MASKED_SOFTMAX,
@@ -189,6 +190,36 @@ class Builder:
     def shift(self, x: fx.Node, offset: Tensor | float) -> fx.Node:
         """Add a constant that broadcasts to the shape of x."""
         return self.call(SHIFT, x, self._constant_for(x, offset))
+
+    def gate(self, x: fx.Node, factor: fx.Node) -> fx.Node:
+        """Multiply by clear integers of the same shape, which each run brings."""
+        return self.call(GATE, x, factor)
+
+    def computed(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Emit any operator on clear values, which the client computes before it encrypts.
+
+        `node.meta["clear"]` says that rules may read it as clear, `node.meta["is_outside"]` that
+        the encrypted region begins behind it.
+        """
+
+        def load(n: fx.Node) -> Tensor:
+            return cast(Tensor, n.meta["val"])
+
+        def held(value: Any) -> Any:
+            return self.constant(value) if isinstance(value, Tensor) else value
+
+        args, kwargs = fx.node.map_aggregate((args, kwargs), held)
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta.update(self.provenance, clear=True, is_outside=True)
+        node.meta["val"] = target(*fx.node.map_arg(args, load), **fx.node.map_arg(kwargs, load))
+        return node
+
+    def promoted(self, value: fx.Node) -> fx.Node:
+        """Emit a clear value as one that the client encrypts."""
+        node = self.computed(torch.ops.aten.to.dtype, value, torch.float32)
+        del node.meta["clear"]
+        return node
 
     def linear(self, x: fx.Node, weight: Tensor) -> fx.Node:
         """Multiply by a constant matrix on the right."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fhe_fx.ir.ops import (
+    GATE,
     LINEAR,
     LOOKUP,
     MASKED_SOFTMAX,
@@ -37,6 +38,7 @@ __all__ = [
     "evaluate",
     "input_node",
     "is_call",
+    "is_clear",
     "is_encrypted",
     "is_map",
     "map_of",
@@ -65,8 +67,8 @@ AFFINE = STRUCTURAL | {ADD, SUB, SUM, SCALE, SHIFT, LINEAR}
 PRODUCTS = frozenset({MUL, MATMUL})
 """Operators on two encrypted tensors that are not linear."""
 
-FLOAT_OPS = AFFINE | PRODUCTS | {MASKED_SOFTMAX}
-INTEGER_OPS = (AFFINE | {LOOKUP}) - {TAKE_PAIRS, PUT_PAIRS}
+FLOAT_OPS = AFFINE | PRODUCTS | {MASKED_SOFTMAX, GATE}
+INTEGER_OPS = (AFFINE | {LOOKUP, GATE}) - {TAKE_PAIRS, PUT_PAIRS}
 
 
 def is_call(node: object, *targets: object) -> bool:
@@ -82,6 +84,15 @@ def is_map(node: object) -> bool:
 def is_encrypted(node: fx.Node) -> bool:
     """Say whether the value of `node` depends on the region's inputs."""
     return node.op in {"placeholder", "call_function", "call_module"}
+
+
+def is_clear(node: fx.Node) -> bool:
+    """Say whether an input is clear: integers that the server reads, as factors and as no more."""
+    return (
+        node.op == "placeholder"
+        and bool(node.users)
+        and all(is_call(u, GATE) and u.args[0] is not node for u in node.users)
+    )
 
 
 def owner(node: fx.Node) -> fx.GraphModule:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 __all__ = [
     "ENTER",
+    "GATE",
     "LEAVE",
     "LINEAR",
     "LOOKUP",
@@ -88,6 +89,17 @@ def _shift(x: Tensor, offset: Tensor) -> Tensor:
 
 @_shift.register_fake
 def _(x: Tensor, offset: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("fhe_fx::gate", mutates_args=())
+def _gate(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply by clear integers that each run brings, of the shape of x. Affine: no look-up."""
+    return x * factor
+
+
+@_gate.register_fake
+def _(x: Tensor, factor: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -183,6 +195,7 @@ LEAVE = torch.ops.fhe_fx.leave.default
 SCALE = torch.ops.fhe_fx.scale.default
 SHIFT = torch.ops.fhe_fx.shift.default
 TABULATED = torch.ops.fhe_fx.tabulated.default
+GATE = torch.ops.fhe_fx.gate.default
 LINEAR = torch.ops.fhe_fx.linear.default
 TAKE_PAIRS = torch.ops.fhe_fx.take_pairs.default
 PUT_PAIRS = torch.ops.fhe_fx.put_pairs.default
@@ -229,6 +242,7 @@ _tabulated.register_autograd(_tabulated_backward)
 for _operator, _backward in (
     (_scale, _scale_backward),
     (_shift, _shift_backward),
+    (_gate, _scale_backward),
     (_linear, _linear_backward),
     (_take_pairs, _take_pairs_backward),
     (_put_pairs, _put_pairs_backward),

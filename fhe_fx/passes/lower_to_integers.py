@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
-from fhe_fx.ir.ops import LINEAR, SCALE, SHIFT
+from fhe_fx.ir.ops import GATE, LINEAR, SCALE, SHIFT
 from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
@@ -83,6 +83,8 @@ class _Lowering:
     def lower(self, node: fx.Node) -> _Integer:
         """Translate one node."""
         scale, width = node.meta["scale"], node.meta["width"]
+        if d.is_clear(node):
+            return self._clear_input(node)
         if node.op == "placeholder":
             return self._input(node, scale)
         builder = Builder(self.module, self.end, node, LowerToIntegers.name)
@@ -92,6 +94,15 @@ class _Lowering:
         offset = d.evaluate(node, *(i.offset for i in inputs))
         if d.is_call(node, SHIFT) or node.meta.get("absorbed"):
             return _Integer(inputs[0].node, scale, offset)
+        if d.is_call(node, GATE):
+            x, by = inputs
+            # What is multiplied must be zero at integer zero, up to half a unit.
+            steps = (x.offset / x.scale).round().long()
+            if bool((steps != 0).any()):
+                shifted = builder.shift(x.node, steps)
+                x = self._typed(shifted, x.scale, x.offset - steps * x.scale, width)
+            gated = builder.gate(x.node, by.node)
+            return self._typed(gated, scale, torch.zeros_like(scale), width)
         if d.is_call(node, SCALE):
             factor = d.constant(d.input_node(node, 1)).double()
             whole = (factor * inputs[0].scale / scale).round().long()
@@ -123,11 +134,25 @@ class _Lowering:
         new = builder.linear(x.node, whole)
         return self._typed(new, scale, offset, int(node.meta["width"]))
 
-    def _input(self, node: fx.Node, scale: Tensor) -> _Integer:
+    def _placeholder(self, node: fx.Node) -> fx.Node:
         with self.module.graph.inserting_before(self.end):
             new = self.module.graph.placeholder(node.name)
         new.meta.update(node.meta, val=node.meta["val"].to(torch.int64))
         new.meta.pop("bounds", None)
+        return new
+
+    def _clear_input(self, node: fx.Node) -> _Integer:
+        """Take integers as they are; a mask may hold zeros and ones, whatever calibration saw."""
+        new = self._placeholder(node)
+        seen = self.program.observed[node.name]
+        high = max(1, int(seen.abs().max().ceil()))
+        low = -high if bool((seen < 0).any()) else 0
+        one = torch.ones((), dtype=torch.float64).expand(d.shape_of(node))
+        new.meta["type"] = ValueType(one, torch.zeros_like(one), low, high)
+        return _Integer(new, one, torch.zeros_like(one))
+
+    def _input(self, node: fx.Node, scale: Tensor) -> _Integer:
+        new = self._placeholder(node)
         if "range" in node.meta:
             low, high = node.meta["range"]
         else:

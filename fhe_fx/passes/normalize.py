@@ -16,9 +16,11 @@ from torch.utils import _pytree as pytree
 
 from fhe_fx.errors import UnsupportedOpError
 from fhe_fx.ir.build import Builder
+from fhe_fx.ir.ops import ENTER, LEAVE
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.passes.lowerings import LOWERINGS, Unsupported
+from fhe_fx.passes.lowerings.registry import TAKES_CLEAR, aten, is_clear, is_encrypted
 
 __all__ = ["Normalize"]
 
@@ -46,6 +48,7 @@ class Normalize(Pass):
         end = module.graph.output(())
         values: dict[fx.Node, Any] = {}
         faults: list[tuple[fx.Node, str]] = []
+        samples = list(zip(*program.samples, strict=True)) or [()] * len(program.placeholders)
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 with module.graph.inserting_before(end):
@@ -53,6 +56,12 @@ class Normalize(Pass):
                 shape = node.meta["val"].shape
                 new.meta.update(node.meta, val=torch.empty(shape, device="meta"))
                 values[node] = new
+                new.meta["samples"] = samples[program.placeholders.index(node)]
+                if is_clear(new):  # samples are floats
+                    dtype = node.meta["val"].dtype
+                    values[node] = Builder(module, end, new, self.name).computed(
+                        aten.to.dtype, new, dtype
+                    )
             elif node.op == "get_attr":
                 value: Any = program.module
                 for name in str(node.target).split("."):
@@ -65,6 +74,8 @@ class Normalize(Pass):
                     raise UnsupportedOpError(_listing(program, faults))
                 end.args = (tuple(values[n] for n in node.args[0]),)
         _check_results(program, end)
+        for node in (n for n in module.graph.nodes if n.op == "placeholder"):
+            del node.meta["samples"]
         before = str(program)
         program.module = module
         return str(program) != before
@@ -84,6 +95,8 @@ class Normalize(Pass):
         if not is_missing and not any(isinstance(leaf, fx.Node) for leaf in leaves):
             with torch.no_grad():
                 return pytree.tree_map(_as_float32, node.target(*args, **kwargs))  # type: ignore[operator]
+        if not is_missing and not any(is_encrypted(leaf) for leaf in leaves):
+            return _computed(module, end, node, args, kwargs, self.name)
         if node.target is operator.getitem:
             return _MISSING if is_missing else _result(node, args[0], args[1], faults)
         rule = LOWERINGS.get(node.target)
@@ -92,11 +105,27 @@ class Normalize(Pass):
         if rule is None or is_missing:  # what a rule says of its arguments is not known yet
             return _MISSING
         builder = Builder(module, end, node, self.name)
+        if node.target not in TAKES_CLEAR:
+            args, kwargs = fx.node.map_aggregate(
+                (args, kwargs),
+                lambda a: builder.promoted(cast(fx.Node, a)) if is_clear(a) else a,
+            )
         try:
             return rule(builder, *args, **kwargs)
         except Unsupported as reason:
             faults.append((node, str(reason)))
             return _MISSING
+
+
+def _computed(
+    module: fx.GraphModule, end: fx.Node, node: fx.Node, args: Any, kwargs: Any, made_by: str
+) -> Any:
+    """Leave what depends on clear inputs alone to the client, operator by operator."""
+    if node.target in {ENTER, LEAVE}:
+        return args[0]
+    if node.target is operator.getitem and isinstance(args[0], tuple):
+        return args[0][args[1]]
+    return Builder(module, end, node, made_by).computed(node.target, *args, **kwargs)
 
 
 def _result(node: fx.Node, values: Any, number: Any, faults: list[tuple[fx.Node, str]]) -> Any:
@@ -114,7 +143,7 @@ def _as_float32(value: Any) -> Any:
 
 
 def _check_results(program: Program, end: fx.Node) -> None:
-    clear = [i for i, r in enumerate(end.args[0]) if not isinstance(r, fx.Node)]  # type: ignore[arg-type]
+    clear = [i for i, r in enumerate(end.args[0]) if not is_encrypted(r)]  # type: ignore[arg-type]
     if clear:
         raise UnsupportedOpError(
             f"{program.name}: result(s) {clear} do not depend on an encrypted input. "

@@ -85,7 +85,7 @@ class SelectHeads(Pass):
         heads = {n for n in program.graph.nodes if n.meta.get("chosen_heads")}
         marked: set[fx.Node] = set(heads) or set(chosen)
         for node in reversed(list(program.graph.nodes)):
-            if node.op not in {"call_function", "call_module"}:
+            if node.op not in {"call_function", "call_module"} or node.meta.get("is_outside"):
                 continue
             if node in marked or (node.users and all(u in marked for u in node.users)):
                 marked.add(node)

@@ -43,7 +43,9 @@ class SinkSelections(Pass):
     def _step(self, program: Program, node: fx.Node) -> bool:
         select = IndexSelect.of(node)
         x, dim, index = select.x, select.dim, select.index
-        if x.op == "placeholder" or not all(d.is_call(u, d.INDEX_SELECT) for u in x.users):
+        if x.op == "placeholder" or node.meta.get("is_outside"):
+            return False
+        if not all(d.is_call(u, d.INDEX_SELECT) for u in x.users):
             return False
         if len(torch.unique(index)) < len(index):
             return False  # it repeats entries: better done late

@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.ops import LINEAR, LOOKUP, SCALE, SHIFT
+from fhe_fx.ir.ops import GATE, LINEAR, LOOKUP, SCALE, SHIFT
 from fhe_fx.ir.views import Sum
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def find_classes(program: Program) -> Classes:
             ids[node] = fresh(channel.expand(shape))
         elif d.is_call(node, *d.STRUCTURAL):
             ids[node] = d.evaluate(node, *inputs)
-        elif d.is_call(node, SHIFT) or node in absorbed or is_exact_scale(node):
+        elif d.is_call(node, SHIFT, GATE) or node in absorbed or is_exact_scale(node):
             ids[node] = inputs[0]
         elif d.is_call(node, d.ADD, d.SUB):
             join(inputs[0], inputs[-1])
@@ -164,6 +164,6 @@ def encodings(program: Program) -> dict[fx.Node, int]:
         number[node] = len(parent)
         parent.append(number[node])
         if not d.is_map(node) and not d.is_call(node, LOOKUP):
-            for source in d.operands(node):
+            for source in (n for n in d.operands(node) if not d.is_clear(n)):
                 parent[root(number[source])] = root(number[node])
     return {node: root(i) for node, i in number.items()}

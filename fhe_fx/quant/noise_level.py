@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.ops import LINEAR, LOOKUP, SCALE, SHIFT
+from fhe_fx.ir.ops import GATE, LINEAR, LOOKUP, SCALE, SHIFT
 
 if TYPE_CHECKING:
     from torch import fx
@@ -58,6 +58,8 @@ def _squared(program: Program, node: fx.Node, inputs: list[Tensor]) -> Tensor:
     """Return the squared norm of every element of an affine node."""
     if d.is_call(node, SHIFT):
         return inputs[0]
+    if d.is_call(node, GATE):
+        return inputs[0] * _greatest_factor(program, d.input_node(node, 1)) ** 2
     if d.is_call(node, d.ADD, d.SUB):
         return inputs[0] + inputs[-1]
     if d.is_call(node, SCALE, LINEAR):
@@ -69,3 +71,10 @@ def _squared(program: Program, node: fx.Node, inputs: list[Tensor]) -> Tensor:
         weight = weight.double().square()
         return inputs[0] * weight if node.target == SCALE else inputs[0] @ weight
     return d.evaluate(node, *inputs)
+
+
+def _greatest_factor(program: Program, factor: fx.Node) -> float:
+    """Return the greatest clear integer that a gate is to take."""
+    if "type" in factor.meta:
+        return float(max(-factor.meta["type"].low, factor.meta["type"].high))
+    return float(program.observed[factor.name].abs().max().clamp_min(1))

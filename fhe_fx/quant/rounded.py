@@ -51,7 +51,7 @@ def rounded_values(
         low, high = node.meta.get("range", (low[index], high[index]))
         return _Slots(low, high, n_bits)
 
-    inputs = {n: slots(n, options.input_bits) for n in program.placeholders}
+    inputs = {n: slots(n, options.input_bits) for n in program.placeholders if not d.is_clear(n)}
     read = {
         n: slots(d.input_node(n), n.meta.get("lookup_bits", options.lookup_bits))
         for n in program.maps()
@@ -106,7 +106,7 @@ class _Rounder(BatchInterpreter):
             result: Any = slots.answered(d.map_of(n), centre)
         else:
             result = super().run_node(n)
-            if n.op == "placeholder":
+            if n in self.slots:
                 result = self.slots[n].rounded(result, self.generator).float()
         if d.is_encrypted(n) and (self.names is None or n.name in self.names):
             self.found[n.name] = result

@@ -113,7 +113,8 @@ class Codec:
         for port in self.inputs:
             real, t = inputs[port.source].detach().double(), port.type
             whole = ((real - t.offset) / t.scale).round()
-            encoded.append(whole.clamp(t.low, t.high).long().numpy())
+            # Row by row: Concrete reads clear inputs as they stand in memory, whatever the strides.
+            encoded.append(whole.clamp(t.low, t.high).long().contiguous().numpy())
         return encoded
 
     def decode(self, results: Sequence[Integers]) -> list[Tensor]:

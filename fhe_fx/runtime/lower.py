@@ -53,7 +53,8 @@ def lower_region(
     )
     if heads is None:
         for node in composed.graph.nodes:
-            node.meta["encrypted"] = node.op in {"call_function", "call_module"}
+            is_call = node.op in {"call_function", "call_module"}
+            node.meta["encrypted"] = is_call and not node.meta.get("is_outside")
         composed.properties.add("annotated")
         Pipeline((Partition(),)).run(composed)
     else:
@@ -65,6 +66,9 @@ def lower_region(
         samples=inputs_of_region(composed.module, target.samples),
         properties={"captured", "normal"},
     )
+    for node in captured.placeholders:  # the region begins at them
+        for key in ("clear", "is_outside"):
+            node.meta.pop(key, None)
     program = lower(captured, pipeline)
     shapes = tuple(d.shape_of(n) for n in target.placeholders)
     return Region(path, target, composed.module, captured, program, pipeline.dumping(None), shapes)

@@ -77,7 +77,8 @@ def _compile(program: Program, restriction: Any = None) -> ConcreteCircuit:
     )
     function = emit_function(program)
     function.__signature__ = _signature(names)  # type: ignore[attr-defined]
-    compiler = fhe.Compiler(function, dict.fromkeys(names, "encrypted"))
+    seen = ["clear" if d.is_clear(n) else "encrypted" for n in program.placeholders]
+    compiler = fhe.Compiler(function, dict(zip(names, seen, strict=True)))
     start = time.perf_counter()
     try:
         with owned_folders() as keep, declared_bounds():

@@ -20,7 +20,7 @@ from torch import fx
 
 from fhe_fx.errors import BackendError
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.ops import LINEAR, LOOKUP, SCALE, SHIFT
+from fhe_fx.ir.ops import GATE, LINEAR, LOOKUP, SCALE, SHIFT
 from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
@@ -103,7 +103,7 @@ class _Emitter(fx.Interpreter):
             return x - args[1]
         if d.is_call(n, SHIFT):
             return x + args[1]
-        if d.is_call(n, SCALE):
+        if d.is_call(n, SCALE, GATE):
             return x * args[1]
         if d.is_call(n, LINEAR):
             return x @ args[1]

@@ -21,7 +21,7 @@ from fhe_fx.errors import BackendError
 from fhe_fx.export.onnx.model import checked, encoded_name, finished, result_name
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import PROVENANCE
-from fhe_fx.ir.ops import LINEAR, LOOKUP, SCALE, SHIFT
+from fhe_fx.ir.ops import GATE, LINEAR, LOOKUP, SCALE, SHIFT
 from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.views import Cat, IndexSelect, Lookup, Permute, Sum
@@ -196,6 +196,7 @@ _RULES: dict[object, Callable[[_Emitter, fx.Node], None]] = {
     d.ADD: _binary("Add"),
     d.SUB: _binary("Sub"),
     SCALE: _with_constant("Mul"),
+    GATE: _binary("Mul"),
     SHIFT: _with_constant("Add"),
     LINEAR: _with_constant("MatMul"),
     d.SUM: _sum,

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fhe_fx.ir.build import Builder, elementwise
+from fhe_fx.passes.lowerings.clear import gate
 from fhe_fx.passes.lowerings.registry import (
     LOWERINGS,
     Lowering,
@@ -17,6 +18,7 @@ from fhe_fx.passes.lowerings.registry import (
     Value,
     aten,
     fit,
+    is_clear,
     is_encrypted,
     register_lowering,
     shape_of,
@@ -57,7 +59,7 @@ def neg(b: Builder, x: fx.Node) -> fx.Node:
     return b.scale(x, -1.0)
 
 
-@register_lowering(aten.mul.Tensor, aten.mul.Scalar)
+@register_lowering(aten.mul.Tensor, aten.mul.Scalar, takes_clear=True)
 def mul(b: Builder, x: Value, y: Value) -> fx.Node:
     """Multiply; a clear operand is a scale, the same tensor twice a square."""
     if x is y:
@@ -66,12 +68,16 @@ def mul(b: Builder, x: Value, y: Value) -> fx.Node:
         return b.mul(x, y)
     if is_encrypted(y):
         x, y = y, x
+    if is_clear(y):
+        return gate(b, x, y)
     return b.scale(fit(b, x, y), y)
 
 
-@register_lowering(aten.div.Tensor, aten.div.Scalar)
+@register_lowering(aten.div.Tensor, aten.div.Scalar, takes_clear=True)
 def div(b: Builder, x: Value, y: Value) -> fx.Node:
     """Divide; by an encrypted tensor, multiply by its reciprocal."""
+    if is_clear(y):
+        return mul(b, x, b.computed(aten.reciprocal.default, y))
     if not is_encrypted(y):
         return mul(b, x, 1.0 / torch.as_tensor(y, dtype=torch.float32))
     return mul(b, x, b.apply(y, aten.reciprocal.default))
@@ -106,9 +112,12 @@ def pow_tensor(b: Builder, x: Value, y: Value) -> fx.Node:
     return b.apply(mul(b, y, base.log()), aten.exp.default)
 
 
-@register_lowering(aten.where.self)
+@register_lowering(aten.where.self, takes_clear=True)
 def where(b: Builder, condition: Value, x: Value, y: Value) -> fx.Node:
     """Choose by a mask: one operand times the mask, plus the other times its inverse."""
+    if is_clear(condition):
+        return add(b, _where_clear(b, condition, x), _where_clear(b, condition, y, is_not=True))
+    x, y = (b.promoted(v) if is_clear(v) else v for v in (x, y))
     if is_encrypted(condition):  # zeros and ones; fused to one table if all depends on one tensor
         return add(b, mul(b, x, condition), mul(b, y, rsub(b, condition, 1.0)))
     mask = condition.to(torch.float32)
@@ -118,6 +127,16 @@ def where(b: Builder, condition: Value, x: Value, y: Value) -> fx.Node:
         x, y, condition, mask = y, x, ~condition, 1 - mask
     fill = torch.where(condition, torch.zeros(()), torch.as_tensor(y, dtype=torch.float32))
     return add(b, mul(b, x, mask), fill)
+
+
+def _where_clear(b: Builder, mask: fx.Node, x: Value, *, is_not: bool = False) -> fx.Node:
+    """Return x where a clear mask that calls bring holds, and zero elsewhere."""
+    if is_not:
+        mask = b.computed(aten.logical_not.default, mask)
+    if is_encrypted(x):
+        return gate(b, x, mask)
+    value = x if is_clear(x) else torch.as_tensor(x, dtype=torch.float32)
+    return b.promoted(b.computed(aten.where.self, mask, value, torch.zeros(())))
 
 
 COMPARISONS = (
@@ -151,10 +170,10 @@ for _op in COMPARISONS:
     LOWERINGS[_op.overloadpacket.Tensor] = _tensor_comparison(_op)
 
 
-@register_lowering(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+@register_lowering(aten.masked_fill.Scalar, aten.masked_fill.Tensor, takes_clear=True)
 def masked_fill(b: Builder, x: fx.Node, mask: Value, value: Value) -> fx.Node:
     """Overwrite where a constant mask is true."""
-    if is_encrypted(mask):
+    if is_encrypted(mask) or is_clear(mask):
         return where(b, mask, value, x)
     return where(b, ~mask, x, value)
 

@@ -12,10 +12,12 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
 from fhe_fx.ir.ops import SCALE, SHIFT
 from fhe_fx.passes.lowerings.arithmetic import add
+from fhe_fx.passes.lowerings.clear import clear_matmul, gated_softmax
 from fhe_fx.passes.lowerings.registry import (
     Unsupported,
     Value,
     aten,
+    is_clear,
     is_encrypted,
     register_lowering,
     shape_of,
@@ -28,9 +30,11 @@ MASKED_BELOW = -1e4
 # Matrix products ----------------------------------------------------------------------------
 
 
-@register_lowering(aten.matmul.default, aten.mm.default, aten.bmm.default)
+@register_lowering(aten.matmul.default, aten.mm.default, aten.bmm.default, takes_clear=True)
 def matmul(b: Builder, x: Value, y: Value) -> fx.Node:
     """Matrix product; affine if an operand is clear."""
+    if is_clear(x) or is_clear(y):
+        return _clear_matmul(b, x, y)
     if len(shape_of(x)) == 1:
         lifted = b.view(x, (1, -1)) if isinstance(x, fx.Node) else x.unsqueeze(0)
         product = matmul(b, lifted, y)
@@ -49,6 +53,16 @@ def matmul(b: Builder, x: Value, y: Value) -> fx.Node:
         return b.linear(x, y)
     product = b.linear(b.transpose(y, -2, -1), x.transpose(-2, -1))
     return b.transpose(product, -2, -1)
+
+
+def _clear_matmul(b: Builder, x: Value, y: Value) -> fx.Node:
+    """Multiply matrices of which one is clear and of each call."""
+    if min(len(shape_of(x)), len(shape_of(y))) < 2:
+        return matmul(b, *(b.promoted(v) if is_clear(v) else v for v in (x, y)))
+    if is_clear(y):
+        return clear_matmul(b, x, y)
+    turned = clear_matmul(b, b.transpose(y, -2, -1), b.computed(aten.transpose.int, x, -2, -1))
+    return b.transpose(turned, -2, -1)
 
 
 @register_lowering(aten.addmm.default, aten.baddbmm.default)
@@ -94,12 +108,36 @@ def _split_mask(b: Builder, x: fx.Node) -> tuple[fx.Node, Tensor]:
     return x, live
 
 
+def _split_clear_mask(b: Builder, x: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """Separate scores from a clear addend of each call, which may hide some of them."""
+    if not d.is_call(x, d.ADD):
+        return x, None
+    added = next((n for n in d.operands(x) if _is_outside(n)), None)
+    if added is None:
+        return x, None
+    scores = d.input_node(x, 1 if x.args[0] is added else 0)
+    # What stands between is broadcasting by the sum: all else is computed before.
+    mask = b.computed(aten.expand.default, d.before_moves(added), list(shape_of(x)))
+    shown = b.computed(aten.ge.Scalar, mask, MASKED_BELOW)
+    kept = b.computed(aten.where.self, shown, mask, torch.zeros(()))
+    return b.add(scores, b.promoted(kept)), shown
+
+
+def _is_outside(n: fx.Node) -> bool:
+    """Say whether a value is of the client, moved."""
+    return bool(d.before_moves(n).meta.get("is_outside"))
+
+
 def _softmax(b: Builder, x: fx.Node, dim: int, is_log: bool) -> fx.Node:
     rank = len(shape_of(x))
     if dim % rank != rank - 1:
         turned = _softmax(b, b.transpose(x, dim % rank, rank - 1), rank - 1, is_log)
         return b.transpose(turned, dim % rank, rank - 1)
     scores, live = _split_mask(b, x)
+    scores, of_call = _split_clear_mask(b, scores)
+    if of_call is not None:
+        mask = b.computed(aten.logical_and.default, of_call, live)
+        return gated_softmax(b, scores, mask, is_log=is_log)
     if not bool(live.any()):
         raise Unsupported("its mask hides every entry")
     return b.masked_softmax(scores, live, is_log)
@@ -117,7 +155,7 @@ def log_softmax(b: Builder, x: fx.Node, dim: int, *_: Any, **__: Any) -> fx.Node
     return _softmax(b, x, dim, is_log=True)
 
 
-@register_lowering(aten.scaled_dot_product_attention.default)
+@register_lowering(aten.scaled_dot_product_attention.default, takes_clear=True)
 def scaled_dot_product_attention(
     b: Builder,
     q: Value,
@@ -146,6 +184,11 @@ def scaled_dot_product_attention(
     scores = b.scale(matmul(b, q, turned), factor)
     if is_causal:
         attn_mask = torch.ones(shape_of(scores)[-2:], dtype=torch.bool).tril()
+    if is_clear(attn_mask):
+        v = b.promoted(v) if is_clear(v) else v
+        if attn_mask.meta["val"].dtype == torch.bool:
+            return matmul(b, gated_softmax(b, scores, attn_mask, is_log=False), v)
+        attn_mask = b.promoted(attn_mask)
     if attn_mask is not None:
         if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -torch.inf)

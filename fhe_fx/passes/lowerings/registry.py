@@ -19,11 +19,13 @@ from fhe_fx.ir.build import Builder
 
 __all__ = [
     "LOWERINGS",
+    "TAKES_CLEAR",
     "Lowering",
     "Unsupported",
     "Value",
     "aten",
     "fit",
+    "is_clear",
     "is_encrypted",
     "load_lowerings",
     "register_lowering",
@@ -37,6 +39,9 @@ F = TypeVar("F", bound=Lowering)
 
 LOWERINGS: dict[object, Lowering] = {}
 """The rule of each operator overload."""
+TAKES_CLEAR: set[object] = set()
+"""Overloads whose rule tells clear arguments that calls bring from encrypted ones; to all others
+such an argument is encrypted."""
 
 
 aten = torch.ops.aten
@@ -46,12 +51,16 @@ class Unsupported(Exception):  # noqa: N818 -- a reason that normalize collects,
     """Why a rule cannot lower a call."""
 
 
-def register_lowering(*ops: Any, replace: bool = False) -> Callable[[F], F]:
+def register_lowering(
+    *ops: Any, replace: bool = False, takes_clear: bool = False
+) -> Callable[[F], F]:
     """Register the decorated function as the lowering of operators.
 
     Args:
         ops: operator overloads (`torch.ops.aten.add.Tensor`), or packets for all their overloads.
         replace: take the place of a rule that an operator has already.
+        takes_clear: whether the rule asks `is_clear` of its arguments; a clear argument that calls
+            bring is encrypted for it otherwise.
 
     Raises:
         PassError: if an operator has a rule of another name, and `replace` is not given.
@@ -67,6 +76,7 @@ def register_lowering(*ops: Any, replace: bool = False) -> Callable[[F], F]:
                     f"place, give register_lowering(..., replace=True)."
                 )
         LOWERINGS.update(dict.fromkeys(overloads, rule))
+        (TAKES_CLEAR.update if takes_clear else TAKES_CLEAR.difference_update)(overloads)
         return rule
 
     return decorate
@@ -101,7 +111,12 @@ def load_lowerings() -> None:
 
 def is_encrypted(x: object) -> bool:
     """Say whether an argument of a rule is encrypted."""
-    return isinstance(x, fx.Node)
+    return isinstance(x, fx.Node) and not x.meta.get("clear")
+
+
+def is_clear(x: object) -> bool:
+    """Say whether an argument of a rule is a clear value that each call brings."""
+    return isinstance(x, fx.Node) and bool(x.meta.get("clear"))
 
 
 def shape_of(x: Value) -> tuple[int, ...]:
