@@ -147,8 +147,14 @@ square, in integers (mode `clear`), on eight inputs that calibration had not see
 words are random, so errors say whether a lowering is right, and not how a trained model behaves:
 for that see [accuracy](accuracy.md). Look-ups and complexity are exact and the same everywhere.
 
-Parts that are not listed were not measured yet, or did not end in the time allowed while the
-machine was busy with other work; the command goes on where it was.
+Of a released size a part is listed where it was measured; one that did not end in the time allowed,
+with other work on the machine, is called stopped. The command goes on where it was. Where the
+feed-forward layer is no submodule, its part lies between two of them.
+"""
+
+
+EARLIER = """Some rows are of an earlier compiler than the one that wrote this page; the command
+measures them again.
 """
 
 
@@ -157,6 +163,8 @@ def page(rows: list[Row]) -> str:
     newest = {(r["size"], r["family"], r["part"], r["tokens"], r["n_bits"]): r for r in rows}
     machines = sorted({r["machine"] for r in newest.values()})
     lines = [INTRODUCTION]
+    if any(r["code"] != digest_of_code()[:12] for r in newest.values()):
+        lines += [EARLIER]
     for size, title in (("real", "Released sizes"), ("tiny", "Tiny models")):
         chosen = [r for key, r in sorted(newest.items(), key=_order) if key[0] == size]
         for tokens, n_bits in dict.fromkeys((r["tokens"], r["n_bits"]) for r in chosen):

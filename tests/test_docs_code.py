@@ -68,7 +68,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     def encrypt_quickly(model: Any, target: Any = None, **choices: Any) -> Any:
         given = choices.pop("options", None) or Options(n_bits=choices.pop("n_bits", 4))
         choices.setdefault("max_tokens", 4)
-        few = {"heads": [0]} if "attn" in str(target) else {}
+        is_attention = "attn" in str(target) and "clear_inputs" not in choices
+        few = {"heads": [0]} if is_attention else {}
         return encrypt(model, target, options=replace(given, n_samples=8), **{**few, **choices})
 
     def simulate(model: Any, mode: str) -> None:
