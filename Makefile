@@ -32,6 +32,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python docs/typed.py
 
 bench: venv
 	$(BIN)/python benchmarks/attention.py

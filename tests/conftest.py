@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import pytest
@@ -12,12 +12,19 @@ from torch import Tensor
 from fhe_fx import testing
 from fhe_fx.ir import Program
 from fhe_fx.passes import Pass
-from fhe_fx.testing import Build, float_program, statements
+from fhe_fx.testing import Build, float_program, laws_at_registration, statements
 
 __all__ = ["Build", "CheckPass", "float_program", "statements"]
 
 
 os.environ["FHE_FX_CACHE"] = "off"  # commands lower anew, also in processes of their own
+
+
+@pytest.fixture(autouse=True, scope="session")
+def laws() -> Iterator[None]:
+    """Check the law of every rewrite by pattern that a test registers."""
+    with laws_at_registration():
+        yield
 
 
 class CheckPass(Protocol):

@@ -281,7 +281,10 @@ def test_one_that_says_so_may(install: Install) -> None:
 def test_one_that_denies_a_change(install: Install) -> None:
     message = run(install, Denies)
     first, before, after = message.split("\n")
-    assert first == "denies of good-package 1.2 returned False, but the printed program changed."
+    assert first == (
+        "denies of good-package 1.2 returned False, but the printed program changed, first at node "
+        "shift_default."
+    )
     assert "return %3" in before
     assert "%4 = shift(%3, 1)" in after
 

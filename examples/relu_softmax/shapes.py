@@ -102,11 +102,11 @@ def plot(rows: list[dict[str, Any]], title: str, directory: Path) -> None:
             if shape == "softmax":
                 for r in own:
                     at = (r["complexity"], r["error"])
-                    axes.annotate(f"{r['n_bits']} bits", at, (7, 3), textcoords="offset points",
-                                  ha="left", fontsize=8, color=colour)  # fmt: skip
+                    axes.annotate(f"{r['n_bits']} bits", at, (-7, -10), textcoords="offset points",
+                                  ha="right", fontsize=8, color=colour)  # fmt: skip
         axes.set(xscale="log", yscale="log", title=title)
         axes.set(xlabel="cost of one run (Concrete's complexity)", ylabel="relative error")
-        axes.margins(0.1)
+        axes.margins(0.12)
         axes.grid(True, which="both", color="#e6e6e6", linewidth=0.6)
         axes.legend(frameon=False)
         for name in ("cost.png", "cost.svg"):

@@ -7,6 +7,7 @@
 
         name: ClassVar[str] = "sigmoid-gelu"
         is_exact: ClassVar[bool] = False
+        law_error: ClassVar[float] = 0.01
 
         def before(self, x):
             return F.gelu(x)
@@ -33,6 +34,7 @@ from fhe_fx.capture import capture
 from fhe_fx.errors import FheFxError, PassError
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
+from fhe_fx.ir.equivalence import FLOAT_TOLERANCE
 from fhe_fx.ir.program import Program
 from fhe_fx.passes import Pass, Pipeline
 from fhe_fx.passes.normalize import Normalize
@@ -61,19 +63,30 @@ class Rewrite(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"normal"})
     breaks: ClassVar[frozenset[str]] = frozenset({"calibrated", "fused"})
     example_shapes: ClassVar[Shapes] = ()
-    """Shapes of the arguments with which candidates are found, where [1, 3, 4] will not do."""
+    """Shapes of the arguments with which candidates are found, and the law is checked, where
+    [1, 3, 4] will not do."""
+    law_error: ClassVar[float] = FLOAT_TOLERANCE
+    """By how much `after` may differ from `before`, in parts of the largest value, on random
+    inputs: what `fhe_fx.testing.assert_law` allows. One that is not exact states it."""
 
-    def before(self, *inputs: Tensor) -> Tensor:
+    # Of any arguments, for type checkers: those that define it choose how many.
+    def before(self, *inputs: Any, **none: Any) -> Tensor:
         """Return what to look for; each argument is an encrypted tensor."""
         raise NotImplementedError
 
-    def after(self, *inputs: Tensor) -> Tensor:
+    def after(self, *inputs: Any, **none: Any) -> Tensor:
         """Return what to put in its place, of the same shape."""
         raise NotImplementedError
 
     def where(self, match: Match) -> str | None:
         """Return why a match is to be left alone, or None."""
         return None
+
+    @classmethod
+    def shapes(cls) -> Shapes:
+        """Return the shapes of the arguments with which candidates are found."""
+        count = len(inspect.signature(cls.before).parameters) - 1
+        return cls.example_shapes or ((1, 3, 4),) * count
 
     def run(self, program: Program) -> bool:
         """Replace each match, from the results back to the inputs; none is replaced twice."""
@@ -93,9 +106,7 @@ class Rewrite(Pass):
 
     def _match(self, node: fx.Node) -> Match | None:
         """Find the pattern's inputs by its operators, then compare all at their shapes."""
-        count = len(inspect.signature(self.before).parameters)
-        loose = self.example_shapes or ((1, 3, 4),) * count
-        for match in _matches(self._pattern("before", loose), node, is_strict=False):
+        for match in _matches(self._pattern("before", self.shapes()), node, is_strict=False):
             shapes = tuple(d.shape_of(n) for n in match.inputs)
             try:
                 strict = self._pattern("before", shapes)

@@ -13,7 +13,13 @@ from fhe_fx.ir.printer import format_program
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 
-__all__ = ["FLOAT_TOLERANCE", "INTEGER_TOLERANCE", "Difference", "first_difference"]
+__all__ = [
+    "FLOAT_TOLERANCE",
+    "INTEGER_TOLERANCE",
+    "Difference",
+    "first_difference",
+    "recorded_values",
+]
 
 FLOAT_TOLERANCE = 2e-4
 """Of the largest value: float32, and other orders of addition."""
@@ -119,7 +125,7 @@ def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def _values(program: Program, samples: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
     """Return the real value of every node, `[n_samples, *shape]`."""
     if not program.properties & {"integer", "normal"}:
-        return _values_as_captured(program, samples)
+        return recorded_values(program, samples)
     if "integer" not in program.properties:
         return {name: v.double() for name, v in program.values(samples).items()}
     encoded = []
@@ -138,15 +144,22 @@ def _values(program: Program, samples: Sequence[tuple[Tensor, ...]]) -> dict[str
     }
 
 
-def _values_as_captured(
-    program: Program, samples: Sequence[tuple[Tensor, ...]]
-) -> dict[str, Tensor]:
-    """Run a graph of any operators, one sample after the other."""
+def recorded_values(program: Program, samples: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """Run a graph of any operators, one sample after the other.
+
+    Returns:
+        Each node's values, float64, `[n_samples, *shape]`, by name.
+    """
     runs = []
     for sample in samples:
         recorder = _Recorder(program.module)
         with torch.no_grad():
-            recorder.run(*[sample[program.source_of(n)] for n in program.placeholders])
+            recorder.run(
+                *[
+                    sample[program.source_of(n)].to(n.meta["val"].dtype)
+                    for n in program.placeholders
+                ]
+            )
         runs.append(recorder.found)
     return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
 

@@ -25,7 +25,7 @@ from fhe_fx import plugins
 from fhe_fx.errors import FheFxError, PassError, did_you_mean
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.equivalence import first_difference
-from fhe_fx.ir.printer import format_program
+from fhe_fx.ir.printer import format_node, format_program
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.snapshot import snapshot
 from fhe_fx.ir.verify import verify
@@ -79,6 +79,8 @@ class Pass:
 
 
 _REGISTRY: dict[str, type[Pass]] = {}
+REGISTRATION_CHECKS: list[Callable[[type[Pass]], None]] = []
+"""What `register` does besides, in tests: see `fhe_fx.testing.laws_at_registration`."""
 P = TypeVar("P", bound=type[Pass])
 
 
@@ -95,6 +97,8 @@ def register(cls: P) -> P:
     known = _REGISTRY.get(cls.name, cls)
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise PassError(f"A pass named {cls.name!r} exists: {known.__qualname__}.")
+    for check in REGISTRATION_CHECKS:
+        check(cls)
     _REGISTRY[cls.name] = cls
     return cls
 
@@ -245,8 +249,8 @@ class Pipeline:
             if said != has_changed:
                 raise PassError(
                     f"{_named(p)} returned {said}, but the printed program "
-                    f"{'changed' if after != text else 'did not change'}."
-                    f"{_first_change(text, after)}"
+                    f"{'changed' if after != text else 'did not change'}"
+                    f"{_first_change(text, after, program)}"
                 )
             if given is not None:
                 self._check_meaning(p, records, given, program)
@@ -342,13 +346,16 @@ def _named(p: Pass) -> str:
     return f"{p.name} of {plugin}" if plugin else p.name
 
 
-def _first_change(before: str, after: str) -> str:
-    """Quote the first printed line that changed, as it was and as it is."""
+def _first_change(before: str, after: str, program: Program) -> str:
+    """Name the first node whose printed line changed, and quote it as it was and as it is."""
     lines = zip_longest(before.split("\n"), after.split("\n"), fillvalue="  (nothing)")
     for a, b in lines:
         if a != b:
-            return f"\n  before:{a}\n  after: {b}"
-    return ""
+            printed_as = {n.name: format_node(n)[0] for n in program.encrypted()}
+            named = [n for n, text in printed_as.items() if b.strip().startswith(text)]
+            where = f", first at node {named[0]}" if named else ""
+            return f"{where}.\n  before:{a}\n  after: {b}"
+    return "."
 
 
 def printed(program: Program, node: object) -> str:

@@ -20,6 +20,7 @@ from fhe_fx.ir.ops import ENTER, LEAVE
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.passes.lowerings import LOWERINGS, Unsupported
+from fhe_fx.passes.lowerings.foreign import check_values, checked_call, is_foreign
 from fhe_fx.passes.lowerings.registry import TAKES_CLEAR, aten, is_clear, is_encrypted
 
 __all__ = ["Normalize"]
@@ -41,6 +42,7 @@ class Normalize(Pass):
 
         Raises:
             UnsupportedOpError: lists operator, module path and source line of each.
+            PassError: names a lowering that is not ours and fails, or computes something else.
         """
         if "normal" in program.properties:
             return False
@@ -76,8 +78,9 @@ class Normalize(Pass):
         _check_results(program, end)
         for node in (n for n in module.graph.nodes if n.op == "placeholder"):
             del node.meta["samples"]
-        before = str(program)
+        captured, before = Program(program.module, sources=program.sources), str(program)
         program.module = module
+        check_values(captured, program, _by_others(captured, values))
         return str(program) != before
 
     def _lower(
@@ -111,6 +114,8 @@ class Normalize(Pass):
                 lambda a: builder.promoted(cast(fx.Node, a)) if is_clear(a) else a,
             )
         try:
+            if is_foreign(rule):
+                return checked_call(node, rule, lambda: rule(builder, *args, **kwargs))
             return rule(builder, *args, **kwargs)
         except Unsupported as reason:
             faults.append((node, str(reason)))
@@ -126,6 +131,17 @@ def _computed(
     if node.target is operator.getitem and isinstance(args[0], tuple):
         return args[0][args[1]]
     return Builder(module, end, node, made_by).computed(node.target, *args, **kwargs)
+
+
+def _by_others(captured: Program, values: dict[fx.Node, Any]) -> dict[fx.Node, tuple[Any, Any]]:
+    """Return rule and lowered node of every result of a rule that is not ours."""
+    found = {}
+    for node in captured.graph.nodes:
+        call = node.args[0] if node.target is operator.getitem else node
+        rule = LOWERINGS.get(call.target) if isinstance(call, fx.Node) else None
+        if rule is not None and is_foreign(rule) and is_encrypted(values.get(node)):
+            found[node] = (rule, values[node])
+    return found
 
 
 def _result(node: fx.Node, values: Any, number: Any, faults: list[tuple[fx.Node, str]]) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from textwrap import dedent
 
 import torch
@@ -11,12 +12,18 @@ from torch import Tensor
 
 from fhe_fx.extend import Rewrite
 from fhe_fx.ir import Program, verify
-from fhe_fx.ir.equivalence import FLOAT_TOLERANCE, first_difference
-from fhe_fx.passes import Pass
+from fhe_fx.ir.equivalence import first_difference
+from fhe_fx.passes import Pass, base, registered
 from fhe_fx.report import report_on
 from fhe_fx.testing.programs import Build, Sample, float_program, seeded, statements
 
-__all__ = ["assert_cost", "assert_equivalent", "assert_law", "check_pass"]
+__all__ = [
+    "assert_cost",
+    "assert_equivalent",
+    "assert_law",
+    "check_pass",
+    "laws_at_registration",
+]
 
 
 def check_pass(
@@ -104,19 +111,21 @@ def assert_equivalent(
 
 
 def assert_law(
-    rewrite: Rewrite, *shapes: Sequence[int], error: float = FLOAT_TOLERANCE, n: int = 64
+    rewrite: Rewrite, *shapes: Sequence[int], error: float | None = None, n: int = 64
 ) -> None:
     """Check the law of a rewrite by pattern on random inputs.
 
     Args:
         rewrite: whose `before` and `after` are compared.
-        shapes: of each argument.
-        error: largest difference, in parts of the largest value; by default float rounding.
+        shapes: of each argument; by default those with which the rewrite looks for candidates.
+        error: largest difference, in parts of the largest value; by default its `law_error`.
         n: how many random inputs.
 
     Raises:
         AssertionError: if they differ by more, or in shape.
     """
+    error = rewrite.law_error if error is None else error
+    shapes = shapes or rewrite.shapes()
     samples = list(zip(*[seeded(s, n, seed=i) for i, s in enumerate(shapes)], strict=True))
     expected = [rewrite.before(*sample) for sample in samples]
     found = [rewrite.after(*sample) for sample in samples]
@@ -132,6 +141,35 @@ def assert_law(
             f"{rewrite.name}: after() differs from before() by {relative:.3g} of the largest value "
             f"on {n} random inputs; {error:g} is allowed."
         )
+
+
+@contextlib.contextmanager
+def laws_at_registration() -> Iterator[None]:
+    """Check the law of every rewrite by pattern when it is registered, and of those that are.
+
+    Put it around all tests, in `conftest.py`:
+
+        @pytest.fixture(autouse=True, scope="session")
+        def laws():
+            with laws_at_registration():
+                yield
+
+    Raises:
+        AssertionError: from `register`, if `after` differs from `before` by more than `law_error`
+            on random inputs.
+    """
+
+    def check(cls: type[Pass]) -> None:
+        if issubclass(cls, Rewrite):
+            assert_law(cls())
+
+    for known in registered().values():
+        check(known)
+    base.REGISTRATION_CHECKS.append(check)
+    try:
+        yield
+    finally:
+        base.REGISTRATION_CHECKS.remove(check)
 
 
 def assert_cost(program: Program, *, look_ups: int, bits: int | None = None) -> None:

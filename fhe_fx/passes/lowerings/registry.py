@@ -25,8 +25,10 @@ __all__ = [
     "Value",
     "aten",
     "fit",
+    "full_name",
     "is_clear",
     "is_encrypted",
+    "is_inexact",
     "load_lowerings",
     "register_lowering",
     "shape_of",
@@ -51,16 +53,22 @@ class Unsupported(Exception):  # noqa: N818 -- a reason that normalize collects,
     """Why a rule cannot lower a call."""
 
 
+_INEXACT: set[Lowering] = set()
+
+
 def register_lowering(
-    *ops: Any, replace: bool = False, takes_clear: bool = False
+    *ops: Any, replace: bool = False, is_exact: bool = True, takes_clear: bool = False
 ) -> Callable[[F], F]:
     """Register the decorated function as the lowering of operators.
+
+    A rule that is not part of fhe_fx is compared with its operator on calibration samples.
 
     Args:
         ops: operator overloads (`torch.ops.aten.add.Tensor`), or packets for all their overloads.
         replace: take the place of a rule that an operator has already.
         takes_clear: whether the rule asks `is_clear` of its arguments; a clear argument that calls
             bring is encrypted for it otherwise.
+        is_exact: whether the rule computes what the operator does, up to float rounding.
 
     Raises:
         PassError: if an operator has a rule of another name, and `replace` is not given.
@@ -70,13 +78,15 @@ def register_lowering(
     def decorate(rule: F) -> F:
         for op in overloads:
             known = LOWERINGS.get(op, rule)
-            if not replace and _full_name(known) != _full_name(rule):
+            if not replace and full_name(known) != full_name(rule):
                 raise PassError(
-                    f"{op} has a lowering: {_full_name(known)}. To put {_full_name(rule)} in its "
+                    f"{op} has a lowering: {full_name(known)}. To put {full_name(rule)} in its "
                     f"place, give register_lowering(..., replace=True)."
                 )
         LOWERINGS.update(dict.fromkeys(overloads, rule))
         (TAKES_CLEAR.update if takes_clear else TAKES_CLEAR.difference_update)(overloads)
+        if not is_exact:
+            _INEXACT.add(rule)
         return rule
 
     return decorate
@@ -88,8 +98,14 @@ def _overloads(op: Any) -> list[Any]:
     return [op]
 
 
-def _full_name(rule: Lowering) -> str:
-    return f"{rule.__module__}.{rule.__qualname__}"
+def full_name(rule: Lowering) -> str:
+    """Return module and name of a rule."""
+    return f"{rule.__module__}.{getattr(rule, '__qualname__', repr(rule))}"
+
+
+def is_inexact(rule: Lowering) -> bool:
+    """Say whether a rule was registered as one that computes something else than its operator."""
+    return rule in _INEXACT
 
 
 def load_lowerings() -> None:

@@ -17,7 +17,15 @@ from fhe_fx.ir.views import Lookup
 
 PRICES = {4: 4.1e7, 5: 5.9e7, 6: 9.7e7, 7: 2.3e8, 8: 5.2e8}
 """Complexity of one look-up by its bits, up to 6 bits as concrete-python 2.11 has it at
-p_error 0.1; narrower ones cost as much as 4 bits."""
+p_error 0.1; narrower ones cost as much as 4 bits, and each bit more doubles the last."""
+WIDEST = 12
+"""Bits for which the imagined machine has parameters."""
+
+
+def price(bits: int) -> float:
+    """Return what one look-up of so many bits costs."""
+    least, most = min(PRICES), max(PRICES)
+    return PRICES[min(max(bits, least), most)] * 2.0 ** max(0, bits - most)
 
 
 class PricedCircuit:
@@ -49,18 +57,18 @@ class PriceList:
         """Count look-ups by their bits.
 
         Raises:
-            BitWidthError: if one is wider than the list.
+            BitWidthError: if the machine has no parameters for one.
         """
         counts: Counter[int] = Counter()
         for node in program.calls(LOOKUP):
             counts[Lookup.of(node).bits] += math.prod(d.shape_of(node))
         widest = max(counts, default=0)
-        if widest > max(PRICES):
+        if widest > WIDEST:
             raise BitWidthError(
-                f"{program.name}: a look-up reads {widest} bits; the price list ends at "
-                f"{max(PRICES)}. Try a smaller n_bits."
+                f"{program.name}: a look-up reads {widest} bits; the price list ends at {WIDEST}. "
+                f"Try a smaller n_bits."
             )
-        complexity = sum(n * PRICES[max(bits, min(PRICES))] for bits, n in counts.items())
+        complexity = sum(n * price(bits) for bits, n in counts.items())
         facts = CircuitFacts(
             look_ups=counts.total(),
             complexity=complexity,
