@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from measure import cost_row, fresh_inputs, peak_gigabytes, random_gpt2, region_of
 
 import fhe_fx
-from fhe_fx.api import encrypted_modules
-from fhe_fx.quant.calibration import sample_from_model
 from fhe_fx.report.machine import machine_name
 
 PUBLISHED = {
@@ -36,8 +33,7 @@ def main() -> None:
     parser.add_argument("--n-bits", type=int, default=4)
     parser.add_argument("--result-bits", type=int, default=fhe_fx.Options.result_bits)
     choices = parser.parse_args()
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config()).eval()
+    model = random_gpt2()
     print(json.dumps({"machine": machine_name(), "n_bits": choices.n_bits}))
     for label, heads, tokens in (
         ("one head", [0], 6),
@@ -52,12 +48,8 @@ def main() -> None:
         lowered = time.perf_counter() - start
         cost = fhe_fx.compile(encrypted, verbose=False).regions[0]
         row = {
-            "part": label, "tokens": tokens, "look_ups": cost.look_ups,
-            "complexity": cost.complexity, "max_lookup_bits": cost.max_lookup_bits,
-            "p_error": cost.p_error, "key_bytes": cost.key_bytes,
-            "lower_seconds": round(lowered, 1),
-            "compile_seconds": round(cost.compile_seconds or 0, 1),
-            "peak_gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+            "part": label, "tokens": tokens, **cost_row(cost),
+            "lower_seconds": round(lowered, 1), "peak_gigabytes": peak_gigabytes(),
         }  # fmt: skip
         if (label, tokens) in PUBLISHED and cost.complexity:
             look_ups, complexity = PUBLISHED[label, tokens]
@@ -74,11 +66,9 @@ def execute(encrypted: torch.nn.Module, tokens: int) -> dict[str, float]:
     The second is the most extreme of five times as many inputs as were used for calibration, none
     of them among those, by the largest deviation from the calibrated mean in standard deviations.
     """
-    module = encrypted_modules(encrypted)[0]
-    region = module.region
+    region = region_of(encrypted)
     calibrated = torch.stack([s[0] for s in region.captured.samples])
     fresh = fresh_inputs(encrypted, 5 * len(calibrated), tokens)
-    fresh = fresh.reshape(-1, *calibrated.shape[1:])  # the client's prefix only reshapes
     spread = ((fresh - calibrated.mean(0)) / calibrated.std(0)).abs().flatten(1).amax(1)
     row: dict[str, float] = {}
     for name, x in (
@@ -96,20 +86,6 @@ def execute(encrypted: torch.nn.Module, tokens: int) -> dict[str, float]:
         sizes = expected.flatten(0, -2).norm(dim=-1)
         row[f"{name}_worst_row_error"] = round(float((errors / sizes).max()), 3)
     return row
-
-
-def fresh_inputs(encrypted: torch.nn.Module, n: int, tokens: int) -> torch.Tensor:
-    """Return what enters the region on sentences that the model writes with another seed."""
-    calls = sample_from_model(encrypted, tokens, fhe_fx.Options(n_samples=n, seed=1))
-    found: list[torch.Tensor] = []
-    hook = encrypted_modules(encrypted)[0].register_forward_pre_hook(
-        lambda _, args: found.append(args[0].detach())
-    )
-    with torch.no_grad():
-        for call in calls:
-            encrypted(*call.args, **call.kwargs)
-    hook.remove()
-    return torch.stack(found[-n:])
 
 
 if __name__ == "__main__":

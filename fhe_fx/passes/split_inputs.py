@@ -1,7 +1,9 @@
-"""Give each reader of an input a ciphertext of its own, where their encodings would differ.
+"""Give an input that goes into a result a ciphertext of its own beside the one that look-ups read.
 
-Exact. A fresh ciphertext costs the client little, but an input that goes into a wide accumulator
-and straight into a result would make the result as wide as the accumulator.
+Exact. An input that goes into a wide accumulator and straight into a result would make the result
+as wide as the accumulator, which costs bits of every look-up. Readers that end in look-ups share
+one: behind an approximate rounding width is free, and a fresh ciphertext is not (encrypting 25 and
+expanding them from their seeds takes as long as a look-up, on one core).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ __all__ = ["SplitInputs"]
 @register
 @dataclass(frozen=True)
 class SplitInputs(Pass):
-    """Copy an input for its readers, then merge the copies that share an encoding anyway."""
+    """Copy an input for its readers, then merge the copies that may share an encoding."""
 
     name: ClassVar[str] = "split-inputs"
     requires: ClassVar[frozenset[str]] = frozenset({"normal"})
@@ -36,9 +38,11 @@ class SplitInputs(Pass):
             for user in list(node.users)[1:]:
                 user.replace_input_with(node, self._copy(program, node))
         number = encodings(program)
-        kept: dict[tuple[int, int], fx.Node] = {}
+        results = {number[node] for node in program.results}
+        kept: dict[tuple[int, int | None], fx.Node] = {}
         for node in program.placeholders:
-            key = (program.sources[node.name], number[node])
+            own = number[node] if number[node] in results else None
+            key = (program.sources[node.name], own)
             if key in kept:
                 node.replace_all_uses_with(kept[key])
                 program.graph.erase_node(node)

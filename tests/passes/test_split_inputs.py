@@ -1,4 +1,4 @@
-"""`split-inputs`: a ciphertext of its own for each encoding."""
+"""`split-inputs`: a ciphertext of its own for what goes into a result."""
 
 from __future__ import annotations
 
@@ -44,5 +44,26 @@ def test_readers_of_one_encoding_share_a_ciphertext(check_pass: CheckPass) -> No
             %1 = scale(%0, 0.3)
             %2 = add(%1, %0)
             return %2
+        """,
+    )
+
+
+def test_readers_that_end_in_look_ups_share_a_ciphertext_of_two_encodings(
+    check_pass: CheckPass,
+) -> None:
+    check_pass(
+        SplitInputs(),
+        lambda b, x: b.add(
+            b.apply(b.linear(x, torch.eye(3)), EXP), b.apply(b.linear(x, 2 * torch.eye(3)), EXP)
+        ),
+        inputs=[X],
+        before="""
+            %0 = input()
+            %1 = linear(%0, float[3, 3])
+            %2 = map[exp](%1)
+            %3 = linear(%0, float[3, 3])
+            %4 = map[exp](%3)
+            %5 = add(%2, %4)
+            return %5
         """,
     )
