@@ -35,7 +35,7 @@ lint: venv
 	$(BIN)/python docs/typed.py
 
 bench: venv
-	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python -W ignore benchmarks/bench.py $(BENCH)
 
 stress: venv
 	$(BIN)/python -W ignore benchmarks/stress.py

@@ -6,16 +6,20 @@
 In one process, with one set of keys: the head is encrypted, run and decrypted; look-ups of the same
 parameters are run alone, few and many, whose difference is the time of one; and the head's inputs
 are only added up, whose time is that of expanding ciphertexts from their seeds. Of several rounds,
-one after the other, the fastest counts. What the look-ups do not explain is the share outside them.
-Seconds depend on the machine, and on what else it does; shares hardly do.
+one after the other, the least counts. What the look-ups do not explain is the share outside them.
+
+Shares are those of wall time on this machine's cores when it does nothing else, and hold on a busy
+one: they are reckoned from processor seconds, of which look-ups share theirs out among the cores
+and all the rest is taken to run on one.
 """
 
 from __future__ import annotations
 
 import argparse
-import cProfile
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +34,7 @@ from fhe_fx.backends.concrete.folders import owned_folders
 from fhe_fx.report.machine import machine_name
 
 FEW, MANY = 8, 136
+Time = tuple[float, float]
 BITS, LSBS = 8, 6
 
 
@@ -40,6 +45,9 @@ def main() -> None:
     parser.add_argument("--n-bits", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
+    if os.environ.get("KMP_BLOCKTIME") != "0":  # threads that wait must not count as work
+        os.environ["KMP_BLOCKTIME"] = "0"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     print(json.dumps(measured(given.tokens, given.n_bits, given.rounds), indent=1))
 
 
@@ -54,50 +62,52 @@ def measured(tokens: int, n_bits: int, rounds: int) -> dict[str, Any]:
     region = region_of(encrypted)
     compiled, peak_compile = peak_memory(region.circuit)
     circuit: Any = compiled._circuit
-    keygen, _ = peak_memory(lambda: seconds(circuit.keygen))
+    facts = compiled.facts
+    keygen = timed(circuit.keygen)
     sample = region.captured.samples[0]
     inputs = region.codec.encode(sample)
-    alone = {n: like(circuit, compiled.facts.p_error, n) for n in (FEW, MANY)}
-    added = like(circuit, compiled.facts.p_error, sum(x.size for x in inputs), is_sum=True)
+    fresh = sum(x.size for x in inputs)
+    few, many = (like(circuit, facts.p_error, n) for n in (FEW, MANY))
+    added = like(circuit, facts.p_error, fresh, is_sum=True)
+    first = timed(lambda: run(few))  # makes the seeded keys whole, once
 
-    first_run = seconds(lambda: run(alone[FEW]))  # makes the seeded keys whole, once
-    found: list[dict[str, float]] = []
+    found: list[dict[str, Time]] = []
     peak = 0.0
     for _ in range(rounds):
-        row = {"few": seconds(lambda: run(alone[FEW])), "many": seconds(lambda: run(alone[MANY]))}
-        row["added"] = seconds(lambda: run(added))
+        row = {
+            "few": timed(lambda: run(few)),
+            "many": timed(lambda: run(many)),
+            "added": timed(lambda: run(added)),
+        }
         steps, used = peak_memory(lambda: one_run(region, circuit, sample))
         peak = max(peak, used)
         found.append(row | steps)
-    best = {name: min(row[name] for row in found) for name in found[0]}
+    wall, cpu = ({k: min(row[k][i] for row in found) for k in found[0]} for i in (0, 1))
 
-    profile = cProfile.Profile()
-    profile.runcall(compiled.execute, inputs)
-    in_python = sum(s.inlinetime for s in profile.getstats() if not isinstance(s.code, str))
-    facts = compiled.facts
-    each = (best["many"] - best["few"]) / (MANY - FEW)
-    total = sum(best[step] for step in ("encode", "encrypt", "run", "decrypt"))
+    each = (cpu["many"] - cpu["few"]) / (MANY - FEW)
+    look_ups = facts.look_ups * each
     parts = {
-        "encrypting inputs": best["encrypt"],
-        "expanding inputs": best["added"] - best["few"] + (FEW - 1) * each,
-        "Python, encoding, decrypting": best["encode"] + best["decrypt"] + in_python,
+        "encrypting inputs": cpu["encrypt"],
+        "expanding inputs": cpu["added"] - each,
+        "Python, encoding, decrypting": cpu["encode"] + cpu["decrypt"],
     }
-    outside = total - facts.look_ups * each
-    parts["affine maps and what else"] = outside - sum(parts.values())
+    parts["affine maps and what else"] = cpu["run"] - parts["expanding inputs"] - look_ups
+    cores = len(os.sched_getaffinity(0))
+    total = sum(parts.values()) + look_ups / cores
+    server = cpu["run"] - look_ups
     return {
         "machine": machine_name(),
         "tokens": tokens, "n_bits": n_bits, "rounds": rounds,
-        "look_ups": facts.look_ups, "fresh_ciphertexts": sum(x.size for x in inputs),
-        "complexity": facts.complexity,
-        "seconds": {k: round(v, 3) for k, v in best.items()} | {
-            "keygen": round(keygen, 2), "keys made whole, once": round(first_run - best["few"], 2),
-            "python": round(in_python, 4),
+        "look_ups": facts.look_ups, "fresh_ciphertexts": fresh, "complexity": facts.complexity,
+        "wall_seconds": {k: round(v, 3) for k, v in wall.items()},
+        "processor_seconds": {k: round(v, 3) for k, v in cpu.items()} | {
+            "keygen": round(keygen[1], 2), "keys made whole, once": round(first[1] - cpu["few"], 2)
         },
-        "look_up_milliseconds": round(1000 * each, 2),
-        "complexity_per_second": float(f"{facts.complexity / (facts.look_ups * each):.3g}"),
-        "share_outside_look_ups": round(outside / total, 3),
+        "look_up_processor_milliseconds": round(1000 * each, 2),
+        "complexity_per_processor_second": float(f"{facts.complexity / look_ups:.3g}"),
+        "share_outside_look_ups": round(1 - look_ups / cores / total, 3),
         "shares": {name: round(value / total, 3) for name, value in parts.items()},
-        "server_share_outside_look_ups": round(1 - facts.look_ups * each / best["run"], 3),
+        "server_share_outside_look_ups": round(server / (server + look_ups / cores), 3),
         "peak_gigabytes": {"lower": peak_lower, "compile": peak_compile, "run": peak},
     }  # fmt: skip
 
@@ -137,29 +147,28 @@ def run(pair: tuple[Any, Any]) -> None:
     pair[0].run(pair[1])
 
 
-def one_run(region: Any, circuit: Any, sample: Any) -> dict[str, float]:
-    """Return the seconds of each step of one run."""
-    times, last = {}, time.perf_counter()
+def one_run(region: Any, circuit: Any, sample: Any) -> dict[str, Time]:
+    """Return the time of each step of one run."""
+    times: dict[str, Time] = {}
 
-    def lap(name: str, value: Any) -> Any:
-        nonlocal last
-        now = time.perf_counter()
-        times[name], last = now - last, now
-        return value
+    def step(name: str, work: Callable[[], Any]) -> tuple[Any, ...]:
+        held: list[Any] = []
+        times[name] = timed(lambda: held.append(work()))
+        (value,) = held
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
-    inputs = lap("encode", region.codec.encode(sample))
-    encrypted = lap("encrypt", circuit.encrypt(*inputs))
-    many = encrypted if isinstance(encrypted, tuple) else (encrypted,)
-    results = lap("run", circuit.run(*many))
-    lap("decrypt", circuit.decrypt(*(results if isinstance(results, tuple) else (results,))))
+    inputs = step("encode", lambda: region.codec.encode(sample))
+    encrypted = step("encrypt", lambda: circuit.encrypt(*inputs))
+    results = step("run", lambda: circuit.run(*encrypted))
+    step("decrypt", lambda: circuit.decrypt(*results))
     return times
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Return how long something takes."""
-    start = time.perf_counter()
+def timed(work: Callable[[], object]) -> Time:
+    """Return the seconds that something takes, of the wall's clock and of all processors."""
+    start, processor = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - processor
 
 
 def peak_memory(work: Callable[[], Any]) -> tuple[Any, float]:
