@@ -2,6 +2,7 @@
 
     python benchmarks/lookup_cost.py            # prints the table of docs/cost.md
     python benchmarks/lookup_cost.py --write    # besides, writes the one that the compiler uses
+    python benchmarks/lookup_cost.py --keys     # writes how large keys are, by what a look-up costs
 
 Each circuit is a look-up of inputs, weighted sums of up to 64 of its answers, and a look-up of the
 sums, both behind approximate roundings of six bits, as the passes emit them. Its complexity divided
@@ -13,6 +14,7 @@ Concrete; that takes ten minutes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from concrete import fhe  # noqa: TID251 -- it is Concrete's optimizer that is m
 
 from fhe_fx.backends.concrete.folders import owned_folders
 from fhe_fx.quant import lookup_cost
+from fhe_fx.report.keys import KEYS_TABLE
 from fhe_fx.report.machine import installed_version
 
 BITS = range(3, 11)
@@ -32,6 +35,7 @@ P_ERRORS = (
 SHOWN_BITS = (4, 5, 6, 7, 8, 9)
 SHOWN_NORM = 3
 SHOWN = (0.8, 0.6, 0.4, 0.2, 0.1, 0.01)
+KEY_P_ERRORS, KEY_LOG_NORMS = (0.01, 0.1, 0.4, 0.7), (4,)
 LOG_NORMS = (1, 3, 4, 5, 9, 11, 13)
 REMOVED_BITS, RESULT_BITS, SUMS, MOST_TERMS = 6, 8, 8, 64
 
@@ -40,9 +44,13 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {lookup_cost.TABLE.name}")
-    is_writing = parser.parse_args().write
+    parser.add_argument("--keys", action="store_true", help=f"write {KEYS_TABLE.name}, and stop")
+    given = parser.parse_args()
     version = f"concrete-python {installed_version('concrete-python')}"
-    if is_writing:
+    if given.keys:
+        write_keys(KEYS_TABLE, version)
+        return
+    if given.write:
         write(lookup_cost.TABLE, version)
         price = lookup_cost.lookup_cost
     else:
@@ -71,6 +79,20 @@ def write(path: Path, version: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def write_keys(path: Path, version: str) -> None:
+    """Measure and write the sizes of keys and ciphertexts, in order of the cost of a look-up."""
+    grid = itertools.product(BITS, KEY_P_ERRORS, KEY_LOG_NORMS)
+    found = sorted({measured(*point) for point in grid})
+    rows = [[float(f"{c:.4g}"), keys, words] for c, keys, words in found if words]
+    text = ",\n    ".join(map(json.dumps, rows))
+    path.write_text(
+        f'{{\n  "measured_on": {json.dumps(version)},\n'
+        f'  "columns": ["complexity of one look-up", "key bytes", "words of a ciphertext"],\n'
+        f'  "rows": [\n    {text}\n  ]\n}}\n',
+        encoding="utf-8",
+    )
+
+
 def monotone(costs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Lower costs `[bits, norms, p_errors]` to those of parameters that were found for more.
 
@@ -89,6 +111,11 @@ def cost(bits: int, p_error: float, log_norm: int) -> float:
         p_error: how often it may err.
         log_norm: log2 of the 2-norm of the weights in the sums.
     """
+    return measured(bits, p_error, log_norm)[0]
+
+
+def measured(bits: int, p_error: float, log_norm: int) -> tuple[float, int, int]:
+    """Return besides the bytes of its keys and the words of a ciphertext of its parameters."""
     half = 1 << (bits + REMOVED_BITS - 1)
     terms: int = min(4**log_norm, MOST_TERMS)
     weight = round(2**log_norm / terms**0.5)
@@ -109,13 +136,27 @@ def cost(bits: int, p_error: float, log_norm: int) -> float:
     ends = [np.full((SUMS, terms), value) for value in (-half, half - 1)]
     try:
         with owned_folders():  # nothing is run: they may go at once
-            circuit = fhe.Compiler(chain, {"x": "encrypted"}).compile(ends, p_error=p_error)
-            complexity = float(circuit.complexity)
+            circuit = fhe.Compiler(chain, {"x": "encrypted"}).compile(
+                ends, p_error=p_error, compress_evaluation_keys=True
+            )
+            complexity = float(circuit.complexity) / (SUMS * terms + SUMS)
+            return complexity, *sizes(circuit)
     except RuntimeError as error:
         if "NoParametersFound" not in str(error):
             raise
-        return float("inf")
-    return complexity / (SUMS * terms + SUMS)
+        return float("inf"), 0, 0
+
+
+def sizes(circuit: Any) -> tuple[int, int]:
+    """Return bytes of the keys, and words of a ciphertext, of the parameters of most look-ups."""
+    counts = circuit.programmable_bootstrap_count_per_parameter
+    boot = max(counts, key=lambda k: counts[k])
+    counts = circuit.key_switch_count_per_parameter
+    switch = max(counts, key=lambda k: counts[k])
+    short, long = boot.input_lwe_dimension(), boot.polynomial_size() * boot.glwe_dimension()
+    bootstrap = short * (boot.glwe_dimension() + 1) ** 2 * boot.level() * boot.polynomial_size()
+    key_switch = long * switch.level() * (short + 1)
+    return 8 * int(bootstrap + key_switch), int(long) + 1
 
 
 if __name__ == "__main__":

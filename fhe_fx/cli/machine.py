@@ -94,7 +94,8 @@ def doctor(
             "measured_bits": found.bits,
             "measured_seconds": found.seconds,
             "keygen_seconds": found.keygen_seconds,
-            "rate_file": str(store_rate(found.rate)),
+            "key_bytes_per_second": found.key_bytes_per_second,
+            "rate_file": str(store_rate(found.rate, found.key_bytes_per_second)),
         }
     if as_json:
         print_json(facts)

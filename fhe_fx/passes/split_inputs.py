@@ -2,7 +2,7 @@
 
 Exact. An input that goes into a wide accumulator and straight into a result would make the result
 as wide as the accumulator, which costs bits of every look-up. Readers that end in look-ups share
-one: behind an approximate rounding width is free, and a fresh ciphertext is not (encrypting 25 and
+one: behind an approximate rounding width is free, and a fresh ciphertext is not (encrypting 50 and
 expanding them from their seeds takes as long as a look-up, on one core).
 """
 

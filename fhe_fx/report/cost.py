@@ -16,7 +16,8 @@ from fhe_fx.ir.types import ValueType
 from fhe_fx.ir.views import Lookup
 from fhe_fx.quant.lookup_cost import lookup_cost
 from fhe_fx.quant.noise_level import log_norm_of
-from fhe_fx.report.machine import bootstrap_rate
+from fhe_fx.report.keys import key_sizes, run_bytes
+from fhe_fx.report.machine import machine_rates
 
 __all__ = ["NodeCost", "RegionCost", "Report", "report_on"]
 
@@ -52,12 +53,18 @@ class RegionCost:
     """None until compiled, as are the sizes."""
     predicted_complexity: float | None = None
     """Of the look-ups, by the compiler's table of what one costs."""
+    predicted_key_bytes: int | None = None
+    """Of the evaluation keys, by a table of what parameters take; `key_bytes` is exact."""
+    predicted_memory_bytes: int | None = None
+    """What a run holds besides the process: keys in both forms, and its ciphertexts."""
     key_bytes: int | None = None
     input_bytes: int | None = None
     output_bytes: int | None = None
     compile_seconds: float | None = None
     estimated_seconds: float | None = None
-    """One run on this machine, from the complexity and the machine's look-up rate."""
+    """One run on this machine, from the complexity, predicted or exact, and the machine's rate."""
+    estimated_keygen_seconds: float | None = None
+    """Making the keys on this machine; None where `fhe-fx doctor` has not measured."""
     has_own_keys: bool = True
     """False if the keys are those of another region, which are made and sent once."""
     tokens: int | None = None
@@ -71,10 +78,14 @@ class RegionCost:
             f"{self.name}{length}: look-ups of at most {self.max_lookup_bits} bits, "
             f"{self.look_ups:,} bootstraps"
         )
+        seconds = self.estimated_seconds or 0.0
         if self.complexity is None:
             predicted = self.predicted_complexity or 0.0
-            return f"{text}, complexity about {_scientific(predicted)}, not compiled yet"
-        seconds = self.estimated_seconds or 0.0
+            return (
+                f"{text}, complexity about {_scientific(predicted)}, "
+                f"keys about {(self.predicted_key_bytes or 0) / 1e9:.1f} GB, "
+                f"about {_seconds(seconds)} on this machine, not compiled yet"
+            )
         shared = "" if self.has_own_keys else " (shared)"
         return (
             f"{text}, complexity {_scientific(self.complexity)}, "
@@ -97,13 +108,10 @@ class Report:
             costs: fields of RegionCost, with `nodes` as fields of NodeCost; the time is estimated
                 anew, for this machine.
         """
-        rate, _ = bootstrap_rate()
         regions = []
         for cost in costs:
             nodes = tuple(NodeCost(**node) for node in cost["nodes"])
-            seconds = cost["complexity"] / rate if cost["complexity"] is not None else None
-            fields = {**cost, "nodes": nodes, "estimated_seconds": seconds}
-            regions.append(RegionCost(**fields))
+            regions.append(_timed(RegionCost(**{**cost, "nodes": nodes})))
         return Report(tuple(regions))
 
     def as_dict(self) -> dict[str, Any]:
@@ -191,6 +199,7 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
             )
         )
     nodes.sort(key=lambda c: -c.share)
+    sizes = key_sizes({lookup_cost(b, p_error, log_norm) for b in bits.values()})
     base = RegionCost(
         name=program.name,
         look_ups=sum(counts.values()),
@@ -198,12 +207,13 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
         p_error=p_error,
         nodes=tuple(nodes),
         predicted_complexity=total,
+        predicted_key_bytes=sum(size.key_bytes for size in sizes),
+        predicted_memory_bytes=run_bytes(program, sizes),
         tokens=tokens,
     )
     if facts is None:
-        return base
-    rate, _ = bootstrap_rate()
-    return replace(
+        return _timed(base)
+    compiled = replace(
         base,
         look_ups=facts.look_ups,
         p_error=facts.p_error,
@@ -212,8 +222,23 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
         input_bytes=facts.input_bytes,
         output_bytes=facts.output_bytes,
         compile_seconds=facts.compile_seconds,
-        estimated_seconds=facts.complexity / rate,
         has_own_keys=facts.has_own_keys,
+    )
+    return _timed(compiled)
+
+
+def _timed(cost: RegionCost) -> RegionCost:
+    """Add the seconds that this machine needs."""
+    rates = machine_rates()
+    complexity = cost.predicted_complexity if cost.complexity is None else cost.complexity
+    key_bytes = cost.predicted_key_bytes if cost.key_bytes is None else cost.key_bytes
+    keygen = rates.key_bytes_per_second
+    return replace(
+        cost,
+        estimated_seconds=None if complexity is None else complexity / rates.complexity_per_second,
+        estimated_keygen_seconds=(
+            None if keygen is None or key_bytes is None else key_bytes / keygen
+        ),
     )
 
 

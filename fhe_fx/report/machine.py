@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import platform
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 __all__ = [
     "USUAL_RATE",
+    "Rates",
     "bootstrap_rate",
     "installed_version",
     "machine_facts",
     "machine_name",
+    "machine_rates",
     "rate_file",
     "store_rate",
 ]
@@ -29,24 +32,48 @@ def rate_file() -> Path:
     return Path(base) / "fhe_fx" / "rate.json"
 
 
+@dataclass(frozen=True)
+class Rates:
+    """How fast a machine is, on all cores."""
+
+    complexity_per_second: float
+    """Of look-ups, in Concrete's unit."""
+    key_bytes_per_second: float | None = None
+    """Of making keys; None where it was not measured."""
+    is_measured: bool = False
+    """Whether `fhe-fx doctor` measured it here."""
+
+
+def machine_rates() -> Rates:
+    """Return what `fhe-fx doctor` measured on this machine, or what is usual."""
+    try:
+        kept = json.loads(rate_file().read_text())
+        keygen = kept.get("key_bytes_per_second")
+        return Rates(float(kept["rate"]), None if keygen is None else float(keygen), True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Rates(USUAL_RATE * (os.cpu_count() or 1))
+
+
 def bootstrap_rate() -> tuple[float, bool]:
     """Return complexity units a second on all cores, and whether they were measured here."""
-    try:
-        return float(json.loads(rate_file().read_text())["rate"]), True
-    except (OSError, ValueError, KeyError, TypeError):
-        return USUAL_RATE * (os.cpu_count() or 1), False
+    rates = machine_rates()
+    return rates.complexity_per_second, rates.is_measured
 
 
-def store_rate(rate: float) -> Path:
-    """Keep a measured rate for the reports of this user, and return where.
+def store_rate(rate: float, key_bytes_per_second: float | None = None) -> Path:
+    """Keep measured rates for the reports of this user, and return where.
 
     Args:
         rate: complexity units a second on all cores.
+        key_bytes_per_second: of making keys.
     """
     path = rate_file()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({"rate": rate, "machine": machine_name()}) + "\n")
+    kept = {
+        "rate": rate, "key_bytes_per_second": key_bytes_per_second, "machine": machine_name()
+    }  # fmt: skip
+    partial.write_text(json.dumps(kept) + "\n")
     os.replace(partial, path)
     return path
 

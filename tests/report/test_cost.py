@@ -38,6 +38,9 @@ def _near(cost: RegionCost) -> None:
     assert cost.complexity is not None
     assert cost.predicted_complexity == pytest.approx(cost.complexity, rel=0.15)
     assert cost.look_ups == sum(n.look_ups for n in cost.nodes)
+    assert cost.key_bytes is not None
+    assert cost.predicted_key_bytes is not None
+    assert 0.5 < cost.predicted_key_bytes / cost.key_bytes < 2
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,18 @@ class Measured:
     keygen_seconds: float
     seconds: float
     """The faster of two runs, on all cores."""
+    key_bytes: int
+    """Of the keys that were made."""
 
     @property
     def rate(self) -> float:
         """Complexity units a second, on all cores."""
         return self.complexity / self.seconds
+
+    @property
+    def key_bytes_per_second(self) -> float:
+        """Bytes of keys made in a second, on all cores."""
+        return self.key_bytes / self.keygen_seconds
 
 
 def measure_look_ups(look_ups: int = 128, bits: int = 6, p_error: float = 0.1) -> Measured:
@@ -48,4 +55,6 @@ def measure_look_ups(look_ups: int = 128, bits: int = 6, p_error: float = 0.1) -
         start = time.perf_counter()
         circuit.run(encrypted)
         runs.append(time.perf_counter() - start)
-    return Measured(look_ups, bits, float(circuit.complexity), keygen_seconds, min(runs))
+    key_bytes = circuit.size_of_bootstrap_keys + circuit.size_of_keyswitch_keys
+    complexity = float(circuit.complexity)
+    return Measured(look_ups, bits, complexity, keygen_seconds, min(runs), key_bytes)
