@@ -46,8 +46,9 @@ from fhe_fx.runtime.keyring import Keyring, LoweredAlike
 from fhe_fx.runtime.ladder import Ladder
 from fhe_fx.runtime.lower import Lowerer, lower_region, run_pipeline
 from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
-from fhe_fx.runtime.region import Region
+from fhe_fx.runtime.region import Region, as_given
 from fhe_fx.runtime.standin import StandIn, encrypted_modules, put, stand_ins
+from fhe_fx.runtime.whole import Whole, called_as
 
 __all__ = [
     "build_region",
@@ -105,7 +106,9 @@ def encrypt_submodule(
     Args:
         model: any module that `torch.export` captures, or an fx graph (`fhe_fx.trace` makes one of
             an exported program or an ONNX file). It is left as it is.
-        target: dotted path of a submodule, a unique suffix, a glob, `"re:..."`, or a list of these.
+        target: dotted path of a submodule, a unique suffix, a glob, `"re:..."`, or a list of these;
+            "" is the model itself. Of one that is given token numbers the client computes the
+            embedding.
             The circuits of several have keys in common; encrypt one after the other for keys apart.
         from_nodes: in place of a target, where the model is an fx graph: names of the nodes, or
             paths of the submodules, at which the encrypted region begins.
@@ -176,7 +179,8 @@ def encrypt_submodule(
     if isinstance(model, fx.GraphModule):
         cut, target = submodules_of(model, target)
         model = cast(M, cut)
-    paths = resolve_targets(model, target)
+    is_whole = target == ""
+    paths = [""] if is_whole else resolve_targets(model, target)
     _refuse_encrypted(model, paths)
     _check_weights(model, paths)
     clear = clear_names(model, paths, clear_inputs)
@@ -184,8 +188,11 @@ def encrypt_submodule(
     if dump_dir is not None:
         pipeline = pipeline.dumping(Path(dump_dir))
     pipeline.check()
-    copied = _copied(model).eval()
+    copied: nn.Module = _copied(model).eval()
     _without_cache(copied)
+    if is_whole:
+        copied = Whole(copied).eval()
+        paths = [copied.name]
     with _in_float(copied):
         sample = sample_from_model if cache is None else cache.sampled
         lengths = _calibration_calls(
@@ -213,9 +220,13 @@ def encrypt_submodule(
         original = copied.get_submodule(path)
         parts = [EncryptedModule(original, region, signature) for region, signature in rungs]
         found[original] = parts[0] if len(parts) == 1 else Ladder(original, parts)
-    put(copied, found)
+    if is_whole:
+        ((original, stand_in),) = found.items()
+        copied = called_as(original, stand_in)
+    else:
+        put(copied, found)
     save_for_two(copied)
-    return copied
+    return cast(M, copied)
 
 
 def trace(
@@ -562,6 +573,11 @@ def _without_cache(model: nn.Module) -> None:
 
 def _refuse_encrypted(model: nn.Module, paths: Sequence[str]) -> None:
     known = [name for name, m in model.named_modules() if isinstance(m, StandIn)]
+    if (paths == [""] and known) or (stand_ins(model) and not known):
+        raise TargetError(
+            f"{type(model).__name__} cannot be encrypted: {', '.join(known[:8]) or 'all of it'} is "
+            f"already. Start from the float model."
+        )
     for path in paths:
         for name in known:
             if f"{path}.".startswith(f"{name}.") or name.startswith(f"{path}."):
@@ -706,7 +722,7 @@ def _samples(
             f"{path}: {len(full)} of {len(calls)} calibration calls give all inputs of the circuit "
             f"as tensors; at least 2 are needed. Missing: {', '.join(sorted(missing))}."
         )
-    return [tuple(call[name].detach().float() for name in names) for call in full]
+    return [tuple(as_given(call[name]) for name in names) for call in full]
 
 
 def _detached(value: Any) -> Any:

@@ -5,7 +5,8 @@ Nothing is downloaded here. One command fetches the corpus, a Debian package of 
     (cd /tmp && apt-get download r-cran-janeaustenr && dpkg -x r-cran-janeaustenr_*.deb austen)
 
 Then `nice -n 10 python examples/gpt2/train.py` writes `examples/gpt2/model/`, and
-`python examples/gpt2/train.py --evaluate` only measures the model that is there.
+`python examples/gpt2/train.py --evaluate` only measures the model that is there. Options make a
+model of another shape elsewhere; `examples/whole_model/README.md` has those of the smaller one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import struct
 import sys
 import time
 import zlib
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 MODEL_DIR = Path(__file__).parent / "model"
 CORPUS = Path("/tmp/austen/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
 END = "<|endoftext|>"
-VOCAB_SIZE = 2048
 N_POSITIONS = 64
 BATCH = 32
 LEARNING_RATE = 2e-3
@@ -99,13 +100,25 @@ def sentences(text: str) -> set[str]:
     return {text[start:end].strip() for start, end in pairwise(bounds)}
 
 
-def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
+@dataclass(frozen=True)
+class Shape:
+    """What a model is like."""
+
+    layers: int = 4
+    heads: int = 4
+    width: int = 128
+    vocabulary: int = 2048
+    tied: bool = True
+    """Whether the head has the embeddings' weights."""
+
+
+def train_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer, the kind that GPT-2 uses, with a small vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocabulary,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -191,8 +204,8 @@ def train(model: GPT2LMHeadModel, rows: torch.Tensor, held_out: torch.Tensor, st
             )
 
 
-def build(corpus: Path, steps: int) -> None:
-    """Train tokenizer and model, and write them with their sentences to `MODEL_DIR`."""
+def build(corpus: Path, steps: int, shape: Shape, out: Path) -> None:
+    """Train tokenizer and model, and write them with their sentences to `out`."""
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
     rng = random.Random(SEED)
@@ -200,15 +213,16 @@ def build(corpus: Path, steps: int) -> None:
     held_text = END.join(all_chapters[10::20])  # a twentieth of the chapters, from every book
     train_text = END.join(c for i, c in enumerate(all_chapters) if i % 20 != 10)
 
-    tokenizer = train_tokenizer(train_text)
+    tokenizer = train_tokenizer(train_text, shape.vocabulary)
     train_rows, held_rows = windows(tokenizer, train_text), windows(tokenizer, held_text)
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCAB_SIZE,
+            vocab_size=shape.vocabulary,
             n_positions=N_POSITIONS,
-            n_embd=128,
-            n_layer=4,
-            n_head=4,
+            n_embd=shape.width,
+            n_layer=shape.layers,
+            n_head=shape.heads,
+            tie_word_embeddings=shape.tied,
             activation_function="gelu_new",
             resid_pdrop=0.0,
             embd_pdrop=0.0,
@@ -222,24 +236,26 @@ def build(corpus: Path, steps: int) -> None:
     log.info("%d parameters, %d training windows", n_parameters, len(train_rows))
     train(model, train_rows, held_rows, steps)
 
-    MODEL_DIR.mkdir(exist_ok=True)
+    out.mkdir(exist_ok=True, parents=True)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(MODEL_DIR)
-    tokenizer.save_pretrained(MODEL_DIR)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     # transformers 5 writes a class name that 4 does not know; both know this older one.
-    config = MODEL_DIR / "tokenizer_config.json"
+    config = out / "tokenizer_config.json"
     config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    if out.resolve() != MODEL_DIR.resolve():
+        return  # the sentences beside the first model do for all
     calibration = short_sentences(tokenizer, train_text, set(), rng)
     seen = {s for s in sentences(held_text) if s in train_text}
     held_out = short_sentences(tokenizer, held_text, seen, rng)
-    (MODEL_DIR / "calibration.txt").write_text("\n".join(calibration) + "\n")
-    (MODEL_DIR / "heldout.txt").write_text("\n".join(held_out) + "\n")
+    (out / "calibration.txt").write_text("\n".join(calibration) + "\n")
+    (out / "heldout.txt").write_text("\n".join(held_out) + "\n")
 
 
-def evaluate() -> None:
-    """Print the shipped model's perplexity on `heldout.txt`, and a few greedy continuations."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    model = GPT2LMHeadModel.from_pretrained(MODEL_DIR)
+def evaluate(directory: Path) -> None:
+    """Print a model's perplexity on `heldout.txt`, and a few greedy continuations."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = GPT2LMHeadModel.from_pretrained(directory)
     lines = (MODEL_DIR / "heldout.txt").read_text().splitlines()
     rows = [torch.tensor(tokenizer(line)["input_ids"]) for line in lines]
     n_tokens = sum(len(row) - 1 for row in rows)
@@ -259,13 +275,19 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=CORPUS, help="Rdata.rdb of janeaustenr")
     parser.add_argument("--steps", type=int, default=5000, help="2,048 tokens each")
     parser.add_argument("--evaluate", action="store_true", help="only measure the shipped model")
+    parser.add_argument("--out", type=Path, default=MODEL_DIR, help="directory of the model")
+    for field in fields(Shape):
+        is_flag = field.type == "bool"
+        kind: Any = {"action": argparse.BooleanOptionalAction} if is_flag else {"type": int}
+        parser.add_argument(f"--{field.name}", default=field.default, **kind)
     args = parser.parse_args()
     if not (args.evaluate or args.corpus.exists()):
         parser.error(f"{args.corpus} does not exist; the top of {__file__} says how to fetch it")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if not args.evaluate:
-        build(args.corpus, args.steps)
-    evaluate()
+        shape = Shape(**{field.name: getattr(args, field.name) for field in fields(Shape)})
+        build(args.corpus, args.steps, shape, args.out)
+    evaluate(args.out)
 
 
 if __name__ == "__main__":

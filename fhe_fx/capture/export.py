@@ -180,12 +180,20 @@ def decompose(exported: torch.export.ExportedProgram) -> fx.GraphModule:
 def _marked(
     model: nn.Module, targets: Sequence[str], clear: ClearLeaves = _no_leaves
 ) -> Iterator[None]:
-    """Mark the tensors that enter and leave each target while the model is traced."""
+    """Mark the tensors that enter and leave each target while the model is traced.
+
+    Integers that enter are marked, too: they may be numbers of tokens, which the client embeds.
+    """
+
+    def is_marked(op: Any, x: Any) -> bool:
+        if not isinstance(x, Tensor):
+            return False
+        return x.is_floating_point() or (op is ENTER and x.dtype in {torch.int64, torch.int32})
 
     def mark(op: Any, path: str, tree: Any, also: Collection[int] = ()) -> Any:
         leaves, spec = pytree.tree_flatten(tree)
         marked = [
-            op(x, path, i) if isinstance(x, Tensor) and (x.is_floating_point() or i in also) else x
+            op(x, path, i) if is_marked(op, x) or (isinstance(x, Tensor) and i in also) else x
             for i, x in enumerate(leaves)
         ]
         return pytree.tree_unflatten(marked, spec)

@@ -36,6 +36,7 @@ from fhe_fx.export.stand_in import client_tensors, stand_in_files
 from fhe_fx.runtime.client import ClientModule
 from fhe_fx.runtime.module import EncryptedModule
 from fhe_fx.runtime.standin import StandIn
+from fhe_fx.runtime.whole import Call
 
 __all__ = ["WEIGHTS", "is_pretrained", "save", "save_for_two"]
 
@@ -150,6 +151,11 @@ def is_pretrained(model: object) -> bool:
 
 def _parts(model: nn.Module) -> list[_Part]:
     found: dict[StandIn, list[str]] = {}
+    if isinstance(model.__dict__.get("forward"), Call):
+        raise ArtifactError(
+            f"All of this {type(model).__name__} is encrypted, and what remains with the client is "
+            f"no model. Encrypt the submodules behind the embedding to write it for two."
+        )
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, StandIn):
             found.setdefault(module, []).append(name)

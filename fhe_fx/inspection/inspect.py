@@ -24,7 +24,7 @@ from fhe_fx.report import report_on
 from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.lower import inputs_of_region
 from fhe_fx.runtime.ranges import RangeWatch, clips, range_warnings, wraps
-from fhe_fx.runtime.region import Region
+from fhe_fx.runtime.region import Region, as_given
 from fhe_fx.runtime.standin import StandIn, stand_ins
 
 __all__ = ["MODES", "THRESHOLD", "inspect"]
@@ -110,7 +110,7 @@ def _recorded(model: nn.Module, inputs: Sequence[Any]) -> list[tuple[Region, lis
     def record(module: StandIn, args: Any, kwargs: dict[str, Any]) -> None:
         part = module.part_for(args, kwargs)
         samples = found.setdefault(id(part.region), (part.region, []))[1]
-        samples += [[x.detach().float().cpu() for x in s] for s in part.samples_of(*args, **kwargs)]
+        samples += [[as_given(x).cpu() for x in s] for s in part.samples_of(*args, **kwargs)]
 
     parts = stand_ins(model)
     modes = [part.mode for part in parts]

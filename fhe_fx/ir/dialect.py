@@ -23,6 +23,7 @@ __all__ = [
     "ADD",
     "AFFINE",
     "CAT",
+    "EMBED",
     "EXPAND",
     "INDEX_SELECT",
     "MATMUL",
@@ -57,6 +58,8 @@ SUB = aten.sub.Tensor
 SUM = aten.sum.dim_IntList
 MUL = aten.mul.Tensor
 MATMUL = aten.matmul.default
+EMBED = aten.embedding.default
+"""Rows of a constant table by clear integers. It is the client's: no ciphertext can be an index."""
 
 STRUCTURAL = frozenset({VIEW, PERMUTE, EXPAND, INDEX_SELECT, CAT, TAKE_PAIRS, PUT_PAIRS})
 """Operators that move, repeat or drop elements and leave their values alone."""
@@ -67,7 +70,7 @@ AFFINE = STRUCTURAL | {ADD, SUB, SUM, SCALE, SHIFT, LINEAR}
 PRODUCTS = frozenset({MUL, MATMUL})
 """Operators on two encrypted tensors that are not linear."""
 
-FLOAT_OPS = AFFINE | PRODUCTS | {MASKED_SOFTMAX, GATE}
+FLOAT_OPS = AFFINE | PRODUCTS | {MASKED_SOFTMAX, GATE, EMBED}
 INTEGER_OPS = (AFFINE | {LOOKUP, GATE}) - {TAKE_PAIRS, PUT_PAIRS}
 
 

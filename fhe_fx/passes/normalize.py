@@ -55,8 +55,10 @@ class Normalize(Pass):
             if node.op == "placeholder":
                 with module.graph.inserting_before(end):
                     new = module.graph.placeholder(node.name)
-                shape = node.meta["val"].shape
-                new.meta.update(node.meta, val=torch.empty(shape, device="meta"))
+                given = node.meta["val"]
+                is_number = given.is_floating_point() or is_clear(node)
+                dtype = torch.float32 if is_number else given.dtype
+                new.meta.update(node.meta, val=torch.empty(given.shape, dtype=dtype, device="meta"))
                 values[node] = new
                 new.meta["samples"] = samples[program.placeholders.index(node)]
                 if is_clear(new):  # samples are floats

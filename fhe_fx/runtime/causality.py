@@ -81,6 +81,8 @@ def _reach(program: Program, start: int, row_axes: Sequence[int]) -> list[Tensor
             value = inputs[0] @ (d.constant(d.input_node(node, 1)) != 0).float()
         elif d.is_call(node, d.MATMUL, MASKED_SOFTMAX):
             return None
+        elif d.is_call(node, d.EMBED):
+            value = inputs[0].unsqueeze(-1).expand(shape)
         else:
             value = d.evaluate(node, *inputs)
         touched[node] = (value > 0).float()

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from fhe_fx.errors import CaptureError
 from fhe_fx.ir import dialect as d
+from fhe_fx.ir.ops import SCALE, SHIFT
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.partition import ENCRYPTED, Partition
@@ -52,9 +53,16 @@ def lower_region(
         copy.deepcopy(target.module), name=path, options=options, properties={"normal"}
     )
     if heads is None:
+        clients = _clients_share(composed)
         for node in composed.graph.nodes:
             is_call = node.op in {"call_function", "call_module"}
-            node.meta["encrypted"] = is_call and not node.meta.get("is_outside")
+            is_clients = node in clients or node.meta.get("is_outside")
+            node.meta["encrypted"] = is_call and not is_clients
+        if not any(n.meta["encrypted"] for n in composed.graph.nodes):
+            raise CaptureError(
+                f"{path} only takes rows of tables by integers, which the client does in the "
+                f"clear. Choose a submodule that computes something with them."
+            )
         composed.properties.add("annotated")
         Pipeline((Partition(),)).run(composed)
     else:
@@ -72,6 +80,22 @@ def lower_region(
     program = lower(captured, pipeline)
     shapes = tuple(d.shape_of(n) for n in target.placeholders)
     return Region(path, target, composed.module, captured, program, pipeline.dumping(None), shapes)
+
+
+def _clients_share(program: Program) -> set[fx.Node]:
+    """Return what the client computes of a submodule that is given integers: the embedding.
+
+    No ciphertext can choose a row of a table, so the client needs the table. What it would have to
+    know besides to begin later, such as the weights of a norm, stays with the server: the share
+    ends with the sum of the rows.
+    """
+    share = {n for n in program.placeholders if not n.meta["val"].is_floating_point()}
+    for node in program.graph.nodes:
+        moves_or_adds = d.is_call(node, d.EMBED, d.ADD, d.SUB, SHIFT, *d.STRUCTURAL)
+        is_scaled = d.is_call(node, SCALE) and d.constant(d.input_node(node, 1)).numel() == 1
+        if (moves_or_adds or is_scaled) and share.issuperset(d.operands(node)):
+            share.add(node)
+    return share
 
 
 class _Prefix(fx.Interpreter):

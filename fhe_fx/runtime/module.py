@@ -126,8 +126,9 @@ class EncryptedModule(StandIn):
         runs = [self._cut(results, rows, result_axes) for results in found]
         results = [torch.cat([run[k] for run in runs]) for k in range(len(runs[0]))]
         is_as_recorded = n_samples == 1 and rows is None
-        like = next(x for x in inputs if x.is_floating_point())
-        return self._output([r.to(like) for r in results], is_as_recorded)
+        like = next((x for x in inputs if x.is_floating_point()), None)  # else only token numbers
+        results = [r.to(inputs[0].device if like is None else like) for r in results]
+        return self._output(results, is_as_recorded)
 
     # Fitting a call to the circuit ------------------------------------------------------------
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fhe_fx.backends.concrete import ConcreteCircuit
     from fhe_fx.runtime.keyring import Keyring
 
-__all__ = ["MODES", "Region", "Remote", "run_composed"]
+__all__ = ["MODES", "Region", "Remote", "as_given", "run_composed"]
 
 MODES = ("disable", "clear", "simulate", "execute", "remote")
 """Float; integers by the reference; with modelled noise; encrypted here; encrypted elsewhere."""
@@ -170,7 +170,7 @@ class Region:
 
     def run_float(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the submodule in float, as captured."""
-        return self.target(*[x.detach().float() for x in inputs])
+        return self.target(*[as_given(x) for x in inputs])
 
     def run(self, inputs: Sequence[Tensor], mode: str) -> tuple[Tensor, ...]:
         """Run one sample: the client's float parts, and the circuit in between.
@@ -209,6 +209,11 @@ class Region:
         return self.circuit().simulate if mode == "simulate" else self.circuit().execute
 
 
+def as_given(x: Tensor) -> Tensor:
+    """Return an input of a region: numbers in single precision, integers as they are."""
+    return x.detach().float() if x.is_floating_point() else x.detach()
+
+
 def run_composed(
     composed: fx.GraphModule,
     samples: Sequence[Sequence[Tensor]],
@@ -224,7 +229,7 @@ def run_composed(
     with torch.no_grad():
         runs = [_Composed(composed) for _ in samples]
         inputs = [
-            run.until_circuit([x.detach().float().cpu() for x in sample])
+            run.until_circuit([as_given(x).cpu() for x in sample])
             for run, sample in zip(runs, samples, strict=True)
         ]
         return [run.from_circuit(r) for run, r in zip(runs, circuit(inputs), strict=True)]

@@ -66,8 +66,12 @@ class StandIn(nn.Module):
 
 
 def stand_ins(model: nn.Module) -> list[StandIn]:
-    """List the stand-ins of a model, in its order."""
-    return [m for m in model.modules() if isinstance(m, StandIn)]
+    """List the stand-ins of a model, in its order.
+
+    That of a module which is encrypted as a whole is what its `forward` calls.
+    """
+    called = [getattr(m.__dict__.get("forward"), "stand_in", m) for m in model.modules()]
+    return list(dict.fromkeys(m for m in called if isinstance(m, StandIn)))
 
 
 def encrypted_modules(model: nn.Module) -> list[EncryptedModule]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
 from fhe_fx.ir.ops import ENTER, LEAVE
 from fhe_fx.passes.lowerings.registry import (
@@ -39,6 +40,16 @@ from fhe_fx.passes.lowerings.registry import (
 def identity(b: Builder, x: fx.Node, *_: Any, **__: Any) -> fx.Node:
     """Return x."""
     return x
+
+
+@register_lowering(aten.embedding.default)
+def embedding(b: Builder, table: Value, rows: Value, *_: Any) -> fx.Node:
+    """Take rows of a constant table by clear integers, which the client does."""
+    if is_encrypted(table):
+        raise Unsupported("the table of an embedding cannot be encrypted")
+    if not is_encrypted(rows) or rows.meta["val"].is_floating_point():
+        raise Unsupported("the rows of an embedding are chosen by integers, which stay clear")
+    return b.call(d.EMBED, b.constant(table), rows)
 
 
 # Structure ----------------------------------------------------------------------------------
