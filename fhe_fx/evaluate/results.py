@@ -55,6 +55,8 @@ class SettingResult:
     """The inputs of look-ups that were outside their range, the most frequent first."""
     lower_seconds: float = 0.0
     """How long lowering took."""
+    complexity: float | None = None
+    """Of one run of all encrypted parts, as predicted before compiling; None in files of old."""
 
     def stage(self, name: str) -> StageResult:
         """Return one stage.

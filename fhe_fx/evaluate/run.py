@@ -321,6 +321,7 @@ class _Run:
             warnings=tuple(dict.fromkeys(warned)),
             ranges=tuple({"where": r.where, "share": r.share} for r in exceeded[:20]),
             lower_seconds=round(seconds, 1),
+            complexity=sum(c.predicted_complexity or 0.0 for c in costs),
         )
 
     def _stage(self, encrypted: nn.Module, stage: str, on_progress: Progress) -> StageResult:

@@ -51,6 +51,7 @@ def _near(cost: RegionCost) -> None:
         ("h.0.attn", [0], {"p_error": 0.1}),
         ("h.0.attn", None, {}),
         ("h.0.mlp", None, {}),
+        ("h.0", None, {}),
     ],
 )
 def test_complexity_is_predicted(
