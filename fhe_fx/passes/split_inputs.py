@@ -1,9 +1,10 @@
-"""Give an input that goes into a result a ciphertext of its own beside the one that look-ups read.
+"""Give the readers of an input ciphertexts of their own, where one would cost bits or precision.
 
 Exact. An input that goes into a wide accumulator and straight into a result would make the result
-as wide as the accumulator, which costs bits of every look-up. Readers that end in look-ups share
-one: behind an approximate rounding width is free, and a fresh ciphertext is not (encrypting 50 and
-expanding them from their seeds takes as long as a look-up, on one core).
+as wide as the accumulator, which costs bits of every look-up; one that is weighted and also added
+to something would have the scale of that sum. Readers that only weight it, and end in look-ups,
+share one: behind an approximate rounding width is free, and a fresh ciphertext is not (encrypting
+50 and expanding them from their seeds takes as long as a look-up, on one core).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import ClassVar
 
 from torch import fx
 
+from fhe_fx.ir import dialect as d
+from fhe_fx.ir.ops import LINEAR
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.quant.classes import encodings
@@ -41,7 +44,8 @@ class SplitInputs(Pass):
         results = {number[node] for node in program.results}
         kept: dict[tuple[int, int | None], fx.Node] = {}
         for node in program.placeholders:
-            own = number[node] if number[node] in results else None
+            may_share = number[node] not in results and _is_only_weighted(node)
+            own = None if may_share else number[node]
             key = (program.sources[node.name], own)
             if key in kept:
                 node.replace_all_uses_with(kept[key])
@@ -59,3 +63,11 @@ class SplitInputs(Pass):
         copy.meta.update(node.meta)
         program.sources[copy.name] = program.sources[node.name]
         return copy
+
+
+def _is_only_weighted(node: fx.Node) -> bool:
+    """Say whether all that reads a node, moved or not, multiplies it by clear weights."""
+    return all(
+        d.is_call(user, LINEAR) or (d.is_call(user, *d.STRUCTURAL) and _is_only_weighted(user))
+        for user in node.users
+    )

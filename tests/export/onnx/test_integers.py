@@ -96,8 +96,8 @@ def test_each_element_reads_its_own_table() -> None:
     check(program, whole_numbers(2, 3, 5, size=20_000))
 
 
-def _everything(b: Builder, x: fx.Node, y: fx.Node) -> tuple[fx.Node, ...]:
-    both = b.add(x, b.expand(y, (2, 3, 4)))
+def _everything(b: Builder, x: fx.Node, y: fx.Node, clear: fx.Node) -> tuple[fx.Node, ...]:
+    both = b.gate(b.add(x, b.expand(y, (2, 3, 4))), clear)
     moved = b.permute(b.view(b.sub(both, x), (3, 2, 4)), (2, 0, 1))
     chosen = b.index_select(moved, 1, torch.tensor([2, 0, 0, 1]))
     joined = b.cat([moved, chosen], 1)
@@ -107,10 +107,11 @@ def _everything(b: Builder, x: fx.Node, y: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def test_every_affine_operator_and_results_that_occur_twice() -> None:
-    program = integer_program(_everything, (2, 3, 4), (1, 4))
+    program = integer_program(_everything, (2, 3, 4), (1, 4), (2, 3, 4))
     covered = {n.target for n in program.graph.nodes if n.op == "call_function"}
-    assert covered == d.INTEGER_OPS - {torch.ops.fhe_fx.lookup.default}
-    check(program, whole_numbers(2, 3, 4), whole_numbers(1, 4, seed=3))
+    assert covered == d.INTEGER_OPS - {LOOKUP}
+    clear = whole_numbers(2, 3, 4, seed=4, size=2)
+    check(program, whole_numbers(2, 3, 4), whole_numbers(1, 4, seed=3), clear)
 
 
 def test_results_without_dimensions() -> None:
