@@ -41,11 +41,11 @@ class SplitInputs(Pass):
             for user in list(node.users)[1:]:
                 user.replace_input_with(node, self._copy(program, node))
         number = encodings(program)
-        results = {number[node] for node in program.results}
+        apart = {number[node] for node in program.results}
+        apart |= {number[n] for n in program.placeholders if not _is_only_weighted(n)}
         kept: dict[tuple[int, int | None], fx.Node] = {}
         for node in program.placeholders:
-            may_share = number[node] not in results and _is_only_weighted(node)
-            own = None if may_share else number[node]
+            own = number[node] if number[node] in apart else None
             key = (program.sources[node.name], own)
             if key in kept:
                 node.replace_all_uses_with(kept[key])
