@@ -2,19 +2,17 @@
 
     python benchmarks/lookup_cost.py            # prints the table of docs/cost.md
     python benchmarks/lookup_cost.py --write    # besides, writes the one that the compiler uses
-    python benchmarks/lookup_cost.py --keys     # writes how large keys are, by what a look-up costs
 
 Each circuit is a look-up of inputs, weighted sums of up to 64 of its answers, and a look-up of the
 sums, both behind approximate roundings of six bits, as the passes emit them. Its complexity divided
 by its look-ups is the cost of one. The 2-norm of the weights says how much noise the sums have.
 Only parameters are searched, so that the figures are the same on every machine for one version of
-Concrete; that takes ten minutes.
+Concrete; that takes ten minutes. Sizes of keys and ciphertexts stand in the same table.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from concrete import fhe  # noqa: TID251 -- it is Concrete's optimizer that is m
 
 from fhe_fx.backends.concrete.folders import owned_folders
 from fhe_fx.quant import lookup_cost
-from fhe_fx.report.keys import KEYS_TABLE
 from fhe_fx.report.machine import installed_version
 
 BITS = range(3, 11)
@@ -35,7 +32,6 @@ P_ERRORS = (
 SHOWN_BITS = (4, 5, 6, 7, 8, 9)
 SHOWN_NORM = 3
 SHOWN = (0.8, 0.6, 0.4, 0.2, 0.1, 0.01)
-KEY_P_ERRORS, KEY_LOG_NORMS = (0.01, 0.1, 0.4, 0.7), (4,)
 LOG_NORMS = (1, 3, 4, 5, 9, 11, 13)
 REMOVED_BITS, RESULT_BITS, SUMS, MOST_TERMS = 6, 8, 8, 64
 
@@ -44,13 +40,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {lookup_cost.TABLE.name}")
-    parser.add_argument("--keys", action="store_true", help=f"write {KEYS_TABLE.name}, and stop")
-    given = parser.parse_args()
+    is_writing = parser.parse_args().write
     version = f"concrete-python {installed_version('concrete-python')}"
-    if given.keys:
-        write_keys(KEYS_TABLE, version)
-        return
-    if given.write:
+    if is_writing:
         write(lookup_cost.TABLE, version)
         price = lookup_cost.lookup_cost
     else:
@@ -65,32 +57,27 @@ def main() -> None:
 
 def write(path: Path, version: str) -> None:
     """Measure and write the table: for each number of bits a row for each norm."""
-    found = np.array([[[cost(b, p, k) for p in P_ERRORS] for k in LOG_NORMS] for b in BITS])
-    blocks = []
-    for bits, block in zip(BITS, monotone(found), strict=True):
-        rows = [[None if np.isinf(c) else float(f"{c:.4g}") for c in row] for row in block]
-        text = ",\n      ".join(map(json.dumps, rows))
-        blocks.append(f'    "{bits}": [\n      {text}\n    ]')
-    text = (
-        f'{{\n  "measured_on": {json.dumps(version)},\n'
-        f'  "p_errors": {json.dumps(P_ERRORS)},\n  "log_norms": {json.dumps(LOG_NORMS)},\n'
-        f'  "complexity_by_bits": {{\n{",".join(blocks)}\n  }}\n}}\n'
-    )
-    path.write_text(text, encoding="utf-8")
+    points = [[[measured(b, p, k) for p in P_ERRORS] for k in LOG_NORMS] for b in BITS]
+    costs, keys, words = np.moveaxis(np.array(points, dtype=np.float64), -1, 0)
+    blocks: dict[str, list[list[Any]]] = {
+        "complexity_by_bits": [[written(row) for row in block] for block in monotone(costs)],
+        "key_bytes_by_bits": [[list(map(int, row)) for row in block] for block in keys],
+        "words_by_bits": [[list(map(int, row)) for row in block] for block in words],
+    }
+    lines = [f'  "measured_on": {json.dumps(version)}']
+    lines += [f'  "p_errors": {json.dumps(P_ERRORS)}', f'  "log_norms": {json.dumps(LOG_NORMS)}']
+    for name, block in blocks.items():
+        rows = [
+            f'    "{bits}": [\n      ' + ",\n      ".join(map(json.dumps, row)) + "\n    ]"
+            for bits, row in zip(BITS, block, strict=True)
+        ]
+        lines.append(f'  "{name}": {{\n' + ",\n".join(rows) + "\n  }")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def write_keys(path: Path, version: str) -> None:
-    """Measure and write the sizes of keys and ciphertexts, in order of the cost of a look-up."""
-    grid = itertools.product(BITS, KEY_P_ERRORS, KEY_LOG_NORMS)
-    found = sorted({measured(*point) for point in grid})
-    rows = [[float(f"{c:.4g}"), keys, words] for c, keys, words in found if words]
-    text = ",\n    ".join(map(json.dumps, rows))
-    path.write_text(
-        f'{{\n  "measured_on": {json.dumps(version)},\n'
-        f'  "columns": ["complexity of one look-up", "key bytes", "words of a ciphertext"],\n'
-        f'  "rows": [\n    {text}\n  ]\n}}\n',
-        encoding="utf-8",
-    )
+def written(costs: npt.NDArray[np.float64]) -> list[float | None]:
+    """Round costs to four digits; None where no parameters exist."""
+    return [None if np.isinf(c) else float(f"{c:.4g}") for c in costs]
 
 
 def monotone(costs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -5,6 +5,7 @@ make lint
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ def main() -> None:
         done = subprocess.run(
             [sys.executable, "-m", "mypy", *options, *cache, *files],
             cwd=home,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},  # mypy does not follow editable installs
             check=False,
         )
     sys.exit(done.returncode)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import fhe_fx
-from fhe_fx.report.machine import bootstrap_rate, machine_name
+from fhe_fx.report.machine import machine_name, machine_rates
 from fhe_fx.runtime.generate import lengths_for, plan_generation
 
 HERE = Path(__file__).parent
@@ -77,7 +77,7 @@ def _execute(encrypted: Any, model: Any, ids: list[int], n_new: int, tokenizer: 
     fhe_fx.compile(encrypted)
     fhe_fx.set_mode(encrypted, "execute")
     plan = plan_generation(encrypted, len(ids), n_new)
-    seconds = (plan.complexity or 0) / bootstrap_rate()[0]
+    seconds = (plan.complexity or 0) / machine_rates().complexity_per_second
     print(f"\nexecuting on ciphertexts, {plan}, about {seconds:.0f} s ...", flush=True)
     expected = _write(model, ids, n_new)
     found = []

@@ -140,9 +140,13 @@ def generate(
 
 
 def _time_of(complexity: float | None) -> str:
-    from fhe_fx.report.machine import bootstrap_rate
+    from fhe_fx.report.machine import machine_rates
 
-    return "" if complexity is None else f"; about {complexity / bootstrap_rate()[0]:.0f} s here"
+    return (
+        ""
+        if complexity is None
+        else f"; about {complexity / machine_rates().complexity_per_second:.0f} s here"
+    )
 
 
 def _interruptible_steps(stream: Iterator[T]) -> Iterator[T]:

@@ -14,10 +14,10 @@ from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.ir.views import Lookup
-from fhe_fx.quant.lookup_cost import lookup_cost
+from fhe_fx.quant.lookup_cost import key_size, lookup_cost
 from fhe_fx.quant.noise_level import log_norm_of
-from fhe_fx.report.keys import key_sizes, run_bytes
 from fhe_fx.report.machine import machine_rates
+from fhe_fx.report.memory import run_bytes
 
 __all__ = ["NodeCost", "RegionCost", "Report", "report_on"]
 
@@ -199,7 +199,7 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
             )
         )
     nodes.sort(key=lambda c: -c.share)
-    sizes = key_sizes({lookup_cost(b, p_error, log_norm) for b in bits.values()})
+    sizes = [key_size(b, p_error, log_norm) for b in sorted(set(bits.values()))]
     base = RegionCost(
         name=program.name,
         look_ups=sum(counts.values()),

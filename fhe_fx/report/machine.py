@@ -13,7 +13,6 @@ from typing import Any
 __all__ = [
     "USUAL_RATE",
     "Rates",
-    "bootstrap_rate",
     "installed_version",
     "machine_facts",
     "machine_name",
@@ -54,12 +53,6 @@ def machine_rates() -> Rates:
         return Rates(USUAL_RATE * (os.cpu_count() or 1))
 
 
-def bootstrap_rate() -> tuple[float, bool]:
-    """Return complexity units a second on all cores, and whether they were measured here."""
-    rates = machine_rates()
-    return rates.complexity_per_second, rates.is_measured
-
-
 def store_rate(rate: float, key_bytes_per_second: float | None = None) -> Path:
     """Keep measured rates for the reports of this user, and return where.
 
@@ -89,7 +82,7 @@ def installed_version(package: str) -> str:
 def machine_facts() -> dict[str, Any]:
     """Return versions, cores, memory and the look-up rate that reports reckon with."""
     packages = ("fhe_fx", "torch", "transformers", "concrete-python", "numpy")
-    rate, is_measured = bootstrap_rate()
+    rates = machine_rates()
     page = os.sysconf("SC_PAGE_SIZE")
     return {
         "python": platform.python_version(),
@@ -98,8 +91,8 @@ def machine_facts() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(page * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "free_memory_gb": round(page * os.sysconf("SC_AVPHYS_PAGES") / 1e9, 1),
-        "rate": rate,
-        "rate_is_measured": is_measured,
+        "rate": rates.complexity_per_second,
+        "rate_is_measured": rates.is_measured,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 
@@ -32,3 +33,13 @@ def test_beyond_the_table_what_counts_is_noise_in_parts_of_the_range() -> None:
     # Half as wide slots, and noise twice as many of them wide: as much noise as before.
     widest = max(cost_table().by_bits)
     assert lookup_cost(widest + 1, 0.9) == pytest.approx(lookup_cost(widest, 0.8), rel=0.02)
+
+
+def test_keys_exist_where_a_cost_does() -> None:
+    table = cost_table()
+    for bits, p, norm in itertools.product(table.by_bits, table.p_errors, table.log_norms):
+        size = table.size_of(bits, p, norm)
+        row = table.sizes_by_bits[bits][table.log_norms.index(norm)]
+        assert size == row[table.p_errors.index(p)]
+        assert (size.key_bytes > 0) == (size.words > 0)
+        assert size.key_bytes > 0 or math.isinf(lookup_cost(bits, p, norm))

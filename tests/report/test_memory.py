@@ -1,26 +1,17 @@
-"""What keys and ciphertexts will take."""
+"""What a run will hold, and how fast a machine is."""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from fhe_fx.report.keys import KEYS_TABLE, key_sizes, run_bytes
+from fhe_fx.quant.lookup_cost import key_size
 from fhe_fx.report.machine import Rates, machine_rates, rate_file, store_rate
+from fhe_fx.report.memory import run_bytes
 from tests.programs import lower, program_from, seeded
-
-
-def test_the_table_is_in_order_and_gives_itself_back() -> None:
-    rows = json.loads(KEYS_TABLE.read_text())["rows"]
-    costs = [row[0] for row in rows]
-    assert costs == sorted(costs)
-    sizes = key_sizes({costs[0], costs[-1], math.inf})
-    assert [[s.cost, s.key_bytes, s.words] for s in sizes] == [rows[0], rows[-1]]
 
 
 def test_a_run_holds_inputs_results_and_what_is_between() -> None:
@@ -29,9 +20,8 @@ def test_a_run_holds_inputs_results_and_what_is_between() -> None:
 
     program = program_from(function, [(x,) for x in seeded((2, 8), n=16)])
     lower(program)
-    sizes = key_sizes([1e8])
-    (size,) = sizes
-    held = (run_bytes(program, sizes) - 2 * size.key_bytes) / (8 * size.words)
+    size = key_size(8, 0.6)
+    held = (run_bytes(program, [size]) - 2 * size.key_bytes) / (8 * size.words)
     assert held == 2 * 16, "one table of the sum of two tables: what it reads and what it gives"
 
 
