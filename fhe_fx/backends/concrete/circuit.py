@@ -12,6 +12,7 @@ import numpy as np
 from concrete import fhe
 
 from fhe_fx.backends.base import CircuitFacts, Integers
+from fhe_fx.backends.concrete.constants import constants_as_bytes
 from fhe_fx.backends.concrete.emit import declared_bounds, emit_function
 from fhe_fx.backends.concrete.folders import owned_folders
 from fhe_fx.errors import BackendError, BitWidthError, InputError
@@ -81,7 +82,7 @@ def _compile(program: Program, restriction: Any = None) -> ConcreteCircuit:
     compiler = fhe.Compiler(function, dict(zip(names, seen, strict=True)))
     start = time.perf_counter()
     try:
-        with owned_folders() as keep, declared_bounds():
+        with owned_folders() as keep, declared_bounds(), constants_as_bytes():
             circuit = compiler.compile([probe if len(probe) > 1 else probe[0]], configuration)
             keep(circuit.server)
     except RuntimeError as error:
