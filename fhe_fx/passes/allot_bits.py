@@ -44,7 +44,10 @@ __all__ = ["AllotBits"]
 @register
 @dataclass(frozen=True)
 class AllotBits(Pass):
-    """Set `node.meta["lookup_bits"]` on every map, and `program.options.p_error`."""
+    """Set `lookup_bits` and `error_variance` on every map, and `program.options.p_error`.
+
+    `node.meta["error_variance"]` is what it adds to the results' variance, in parts of it.
+    """
 
     name: ClassVar[str] = "allot-bits"
     requires: ClassVar[frozenset[str]] = frozenset({"fused", "calibrated", "no-products"})
@@ -65,10 +68,9 @@ class AllotBits(Pass):
             chosen = _uniform(options, free, fixed)
         else:
             chosen = self._cheapest(program, free, fixed)
-        total = chosen.error or 1.0
         for g, bits in chosen.bits.items():
             g.node.meta["lookup_bits"] = bits
-            g.node.meta["error_share"] = f"{g.error(bits, chosen.p_error) / total:.4f}"
+            g.node.meta["error_variance"] = f"{g.error(bits, chosen.p_error):.4g}"
         program.options = dataclasses.replace(options, p_error=chosen.p_error)
         return False
 

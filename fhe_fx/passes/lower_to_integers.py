@@ -201,8 +201,8 @@ class _Lowering:
         )
         read = builder.lookup(x.node, tables.entries, tables.which, bits, accumulator - bits)
         read.meta["function"] = operator_name(node)
-        if "error_share" in node.meta:
-            read.meta["error_share"] = str(node.meta["error_share"])
+        if "error_variance" in node.meta:
+            read.meta["error_variance"] = str(node.meta["error_variance"])
         result = self._typed(read, scale, tables.offset, width)
         # Centre the result, so that sums of many stay inside their encoding.
         mean = self.program.observed[node.name].double().mean(0)

@@ -53,6 +53,9 @@ class RegionCost:
     """None until compiled, as are the sizes."""
     predicted_complexity: float | None = None
     """Of the look-ups, by the compiler's table of what one costs."""
+    predicted_error: float | None = None
+    """Error of the results that roundings and noise of look-ups make, root mean square, in parts of
+    the results' deviation, on inputs such as calibration's; None if widths were not allotted."""
     predicted_key_bytes: int | None = None
     """Of the evaluation keys, by a table of what parameters take; `key_bytes` is exact."""
     predicted_memory_bytes: int | None = None
@@ -156,7 +159,8 @@ class Report:
                 ).rstrip()
                 for row in [header, *rows]
             ]
-            blocks.append("\n".join([region.line(), *[f"  {line}" for line in table]]))
+            told = [] if region.predicted_error is None else [_error(region.predicted_error)]
+            blocks.append("\n".join([region.line(), *[f"  {line}" for line in [*table, *told]]]))
         return "\n\n".join(blocks)
 
 
@@ -181,6 +185,8 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
     p_error = program.options.chosen_p_error
     log_norm = log_norm_of(program)
     costs = {n: counts[n] * lookup_cost(bits[n], p_error, log_norm) for n in look_ups}
+    variances = {n: float(n.meta["error_variance"]) for n in look_ups if "error_variance" in n.meta}
+    variance = sum(variances.values())
     total = sum(costs.values())
     nodes = []
     for n in look_ups:
@@ -195,7 +201,7 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
                 bits[n],
                 source.bits,
                 costs[n] / total,
-                float(n.meta["error_share"]) if "error_share" in n.meta else None,
+                variances[n] / (variance or 1.0) if n in variances else None,
             )
         )
     nodes.sort(key=lambda c: -c.share)
@@ -207,6 +213,7 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
         p_error=p_error,
         nodes=tuple(nodes),
         predicted_complexity=total,
+        predicted_error=math.sqrt(variance) if variances else None,
         predicted_key_bytes=sum(size.key_bytes for size in sizes),
         predicted_memory_bytes=run_bytes(program, sizes),
         tokens=tokens,
@@ -250,6 +257,10 @@ def _total(values: Any) -> Any:
 def _scientific(value: float) -> str:
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def _error(error: float) -> str:
+    return f"error of look-ups about {100 * error:.2g} % of the results' deviation"
 
 
 def _seconds(seconds: float) -> str:
