@@ -308,7 +308,7 @@ def _lower(
     def clear_leaves(path: str, args: Any, kwargs: Any) -> list[int]:
         return [i for i, leaf in enumerate(keyed_leaves(args, kwargs)) if is_clear(path, leaf)]
 
-    whole = capture(model, first.args, first.kwargs, paths, clear_leaves)
+    whole = capture(model, first.args, first.kwargs, paths, clear_leaves, is_whole=False)
     recorded = _record(model, paths, [first, *calls])
     made = []
     for p in paths:
@@ -692,9 +692,11 @@ def build_region(
         lower: runs the pipeline, or knows what it makes.
         clear: leaves of its calls that the server may see.
     """
-    target = Program(copy.deepcopy(whole.module), name=path, options=options)
+    shared = {id(x): x for x in (*whole.module.parameters(), *whole.module.buffers())}
+    target = Program(copy.deepcopy(whole.module, shared), name=path, options=options)
     Pipeline((Annotate(path), Partition())).run(target)
-    target.module = target.module.get_submodule(ENCRYPTED)  # type: ignore[assignment]
+    # What is kept has weights of its own.
+    target.module = copy.deepcopy(target.module.get_submodule(ENCRYPTED))  # type: ignore[assignment]
     target.properties = {"captured"}
     leaves, _ = recorded[0]
     names = _encrypted_names(target, path, list(leaves))

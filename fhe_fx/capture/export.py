@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fhe_fx.capture.marks import ClearLeaves, marked, no_leaves
+from fhe_fx.capture.reads import leaves_read, until_left
 from fhe_fx.errors import CaptureError
-from fhe_fx.ir.ops import ENTER, LEAVE
 from fhe_fx.ir.program import Program
 from fhe_fx.options import Options
 
@@ -46,20 +47,14 @@ _KEPT_WHOLE = (
 """Operators whose decomposition would hide what the passes look for, or lose what is exact."""
 
 
-ClearLeaves = Callable[[str, Any, Any], Collection[int]]
-"""Given a target's path and its arguments: numbers of the leaves that are clear."""
-
-
-def _no_leaves(path: str, args: Any, kwargs: Any) -> Collection[int]:
-    return ()
-
-
 def capture(
     model: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     targets: Sequence[str],
-    clear: ClearLeaves = _no_leaves,
+    clear: ClearLeaves = no_leaves,
+    *,
+    is_whole: bool = True,
 ) -> Program:
     """Trace a model with the arguments and results of `targets` marked.
 
@@ -70,12 +65,18 @@ def capture(
         targets: dotted paths.
         clear: which leaves of a target's call are clear; they are marked like those that are
             encrypted, whatever numbers they hold.
+        is_whole: whether to trace the model to its end. Without it the graph ends behind the last
+            target, with the results that are read from there on, where these can be told.
 
     Raises:
         CaptureError: if torch.export cannot capture the model.
     """
-    with _marked(model, targets, clear):
-        exported = _export(model, args, kwargs)
+    with marked(model, targets, clear):
+        # torch.export walks a graph node by node, without calling it.
+        is_whole = is_whole or isinstance(model, fx.GraphModule)
+        reads = None if is_whole else leaves_read(model, args, kwargs, targets)
+        with contextlib.nullcontext() if reads is None else until_left(model, reads):
+            exported = _export(model, args, kwargs)
     program = program_of(exported, name=type(model).__name__)
     _use_first_names(program, model)
     return program
@@ -174,49 +175,6 @@ def decompose(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     _fold_constants(module)
     module.recompile()
     return module
-
-
-@contextlib.contextmanager
-def _marked(
-    model: nn.Module, targets: Sequence[str], clear: ClearLeaves = _no_leaves
-) -> Iterator[None]:
-    """Mark the tensors that enter and leave each target while the model is traced.
-
-    Integers that enter are marked, too: they may be numbers of tokens, which the client embeds.
-    """
-
-    def is_marked(op: Any, x: Any) -> bool:
-        if not isinstance(x, Tensor):
-            return False
-        return x.is_floating_point() or (op is ENTER and x.dtype in {torch.int64, torch.int32})
-
-    def mark(op: Any, path: str, tree: Any, also: Collection[int] = ()) -> Any:
-        leaves, spec = pytree.tree_flatten(tree)
-        marked = [
-            op(x, path, i) if is_marked(op, x) or (isinstance(x, Tensor) and i in also) else x
-            for i, x in enumerate(leaves)
-        ]
-        return pytree.tree_unflatten(marked, spec)
-
-    handles = []
-    for path in targets:
-        module = model.get_submodule(path)
-        handles.append(
-            module.register_forward_pre_hook(
-                lambda m, a, k, path=path: mark(ENTER, path, (a, k), clear(path, a, k)),
-                with_kwargs=True,
-            )
-        )
-        handles.append(
-            module.register_forward_hook(
-                lambda m, a, k, out, path=path: mark(LEAVE, path, out), with_kwargs=True
-            )
-        )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _quietly(action: Any) -> Any:

@@ -66,14 +66,15 @@ def check_convex(program: Program, path: str) -> None:
     Raises:
         CaptureError: names the float nodes in between.
     """
-    import networkx as nx  # slow to import
-
-    graph: nx.DiGraph[fx.Node] = nx.DiGraph()
-    for node in program.graph.nodes:
-        graph.add_edges_from((source, node) for source in node.all_input_nodes)
     region = {n for n in program.graph.nodes if n.meta.get("encrypted")}
-    after = set().union(*(nx.descendants(graph, n) for n in region if n in graph))
-    before = set().union(*(nx.ancestors(graph, n) for n in region if n in graph))
+    after: set[fx.Node] = set()
+    for node in program.graph.nodes:  # in topological order
+        if any(n in region or n in after for n in node.all_input_nodes):
+            after.add(node)
+    before: set[fx.Node] = set()
+    for node in reversed(program.graph.nodes):
+        if any(n in region or n in before for n in node.users):
+            before.add(node)
     between = [
         n
         for n in program.graph.nodes
