@@ -34,7 +34,9 @@ from fhe_fx.passes.base import Pipeline
 __all__ = ["lowered_from_bytes", "lowered_to_bytes", "lowering_key"]
 
 _TEXT = "program.json"
-_WORDS = ("module_path", "source", "function", "error_variance", "made_by")
+_WORDS = (
+    "module_path", "source", "function", "error_variance", "overflow", "result_overflow", "made_by"
+)  # fmt: skip
 """What a node of an integer program says of itself beside its type."""
 _NARROWER = (torch.int8, torch.int16, torch.int32)
 _OWN_OPERATORS = {"aten", "prims", "fhe_fx"}

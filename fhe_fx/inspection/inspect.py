@@ -21,6 +21,7 @@ from fhe_fx.ir.types import ValueType
 from fhe_fx.ir.views import Lookup
 from fhe_fx.quant.calibration import as_call
 from fhe_fx.report import report_on
+from fhe_fx.report.overflow import expected_outside
 from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.lower import inputs_of_region
 from fhe_fx.runtime.ranges import RangeWatch, clips, range_warnings, wraps
@@ -169,6 +170,7 @@ def _compare(
                 values=values[node.name].numel(),
                 look_ups=cost.look_ups if cost else 0,
                 cost=cost.share if cost else 0.0,
+                expected_outside=expected_outside(node),
                 **errors,
             )
         )

@@ -57,6 +57,8 @@ class NodeErrors:
     """Bootstraps of one run."""
     cost: float
     """Share of the region's look-up cost, from 0 to 1."""
+    expected_outside: float | None = None
+    """Share of values beyond the range that the report expects; None where nothing estimated it."""
 
     @property
     def outside_share(self) -> float:
@@ -111,9 +113,11 @@ class RegionErrors:
             )
         if outside := [n for n in self.nodes if n.outside]:
             worst = max(outside, key=lambda n: n.outside_share)
+            share = worst.expected_outside
+            expected = "" if share is None else f" ({share * worst.values:.1f} expected)"
             lines.append(
                 f"{len(outside)} nodes had values outside their range; the worst, {worst.node} "
-                f"({worst.operator}), {worst.outside:,} of {worst.values:,}"
+                f"({worst.operator}), {worst.outside:,} of {worst.values:,}{expected}"
             )
         return lines
 

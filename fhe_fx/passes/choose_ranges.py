@@ -3,13 +3,14 @@
 Exact in float: only `node.meta["range"]` is set, on the nodes that maps read. A narrow range has
 narrow slots; a value beyond its end wraps, and reads what the table holds at the other end, turned
 around. For a square that is nearly right and for other tables it may not be, so each end of each
-range is tried at several places, wrapped values and the noise of bootstraps included.
+range is tried at several places, wrapped values and the noise of bootstraps included. Which ends
+the samples would lead to without some of them is kept (`node.meta["ends_without"]`), for the
+report's estimate of what will be outside on other inputs.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +22,9 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.quant.classes import Classes, find_classes
-from fhe_fx.quant.ranges import class_ends
+from fhe_fx.quant.left_out import fold_numbers
+from fhe_fx.quant.range_search import RangeSearch
+from fhe_fx.quant.ranges import sample_ends
 from fhe_fx.quant.rounded import rounded_values
 from fhe_fx.quant.sensitivity import sensitivities
 from fhe_fx.quant.wrapping import LookupError
@@ -59,10 +62,11 @@ class ChooseRanges(Pass):
             return False
         classes = find_classes(program)
         evidence = self._evidence(program, classes, sources)
+        for reader in program.maps():  # the report weighs by it what stays outside
+            squares = evidence.gradients[reader.name].square()
+            reader.meta["sensitivity"] = squares[:, : squares.shape[1] // 2].mean((0, 1))
         for source in sources:
-            low, high = self._search(program, classes, evidence, source)
-            index = classes.of[source]
-            source.meta["range"] = (low[index], high[index])
+            self._search(program, classes, evidence, source)
         return False
 
     def _evidence(self, program: Program, classes: Classes, sources: list[fx.Node]) -> _Evidence:
@@ -79,23 +83,26 @@ class ChooseRanges(Pass):
         weight[len(samples) :] = self.weight_of_rarer
         samples = [*samples, *rarer]
         names = {n.name for n in sources}
+        fold = fold_numbers(len(program.samples), step)
         return _Evidence(
             program.values(samples, names),
             rounded_values(program, classes, samples, names),
             sensitivities(program, samples),
             weight,
+            fold,
+            fold[::step].repeat(2),
         )
 
     def _search(
         self, program: Program, classes: Classes, evidence: _Evidence, source: fx.Node
-    ) -> tuple[Tensor, Tensor]:
+    ) -> None:
+        """Set the range, and by how much less it would reach without some of the samples."""
         index = classes.of[source]
         exact, rounded = evidence.exact[source.name], evidence.rounded[source.name]
         readers = [reader for reader in source.users if d.is_map(reader)]
         gradients = [evidence.gradients[reader.name] for reader in readers]
         if len(readers) == 1:  # only how large an error becomes matters, and one draw can say that
             gradients = [gradients[0].square().mean(0, keepdim=True).sqrt()]
-        weight = evidence.weight.float()
         errors = [
             LookupError(
                 d.map_of(reader),
@@ -111,26 +118,20 @@ class ChooseRanges(Pass):
             for reader, gradient in zip(readers, gradients, strict=True)
         ]
 
-        def error_of(low: Tensor, high: Tensor) -> Tensor:
-            # Readers of one value err together: their errors add before they are squared.
-            error = functools.reduce(torch.add, [e.of(low[index], high[index]) for e in errors])
-            found = torch.zeros(classes.n_classes, dtype=torch.float64)
-            squares = (weight @ error.square_().mean(0)).double()
-            return found.scatter_add(0, index.reshape(-1), squares)
+        low, high, column = sample_ends(program, source, classes.of.__getitem__)
 
-        low, high = class_ends(program, source, classes.of.__getitem__, classes.n_classes)
-        span = high - low
-        best_low, best_high = low - self.room * span, high + self.room * span
-        least = error_of(best_low, best_high)
-        # Both ends together: where a value wraps at one end depends on the other.
-        for below, above in itertools.product(self.rooms, repeat=2):
-            ends = (low - below * span, high + above * span)
-            found = error_of(*ends)
-            is_better = found < least
-            least = torch.where(is_better, found, least)
-            best_low = torch.where(is_better, ends[0], best_low)
-            best_high = torch.where(is_better, ends[1], best_high)
-        return best_low, best_high
+        def squares_of(low: Tensor, high: Tensor) -> Tensor:
+            # Readers of one value err together: their errors add before they are squared.
+            error = functools.reduce(torch.add, [e.of(low[column], high[column]) for e in errors])
+            return error.square_().mean(0)
+
+        search = RangeSearch(
+            squares_of, column, low, high, evidence.weight, evidence.fold, evidence.fold_of_error
+        )
+        ends, others = search.ends(self.rooms, self.room)
+        source.meta["range"] = ends[0][column], ends[1][column]
+        inward = torch.stack([others[:, 0] - ends[0], ends[1] - others[:, 1]], 1)
+        source.meta["ends_without"] = evidence.fold, inward[..., column].float()
 
 
 @dataclass(frozen=True)
@@ -141,3 +142,8 @@ class _Evidence:
     rounded: dict[str, Tensor]
     gradients: dict[str, Tensor]
     weight: Tensor
+    """`[n_samples]`."""
+    fold: Tensor
+    """Of each of the program's samples, of which the first half here are every so many."""
+    fold_of_error: Tensor
+    """Of each sample here."""

@@ -10,6 +10,7 @@ float, at compile time, so biases cost nothing; they end in the tables and at th
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -23,6 +24,7 @@ from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.passes.base import Pass, register
+from fhe_fx.quant.overflow_estimate import estimate_overflow
 from fhe_fx.quant.ranges import class_ends, times_to_fill
 from fhe_fx.quant.tables import ROOM, build_tables
 from fhe_fx.quant.weight_rounding import round_weights
@@ -45,6 +47,9 @@ class LowerToIntegers(Pass):
     averages_slots: bool = True
     """Whether a table answers with the mean over a slot; else with the value in its middle."""
 
+    estimates_overflow: bool = True
+    """Whether to estimate, for the report, how often values will lie outside their ranges."""
+
     def run(self, program: Program) -> bool:
         """Translate node by node."""
         module = fx.GraphModule(torch.nn.Module(), fx.Graph())
@@ -53,8 +58,11 @@ class LowerToIntegers(Pass):
         for node in program.encrypted():
             lowering.values[node] = lowering.lower(node)
         end.args = (tuple(lowering.result(n) for n in program.results),)
+        exact = dataclasses.replace(program)
         program.module = module
         program.observed = {}
+        if self.estimates_overflow:
+            lowering.note_overflow(exact)
         return True
 
 
@@ -74,6 +82,8 @@ class _Lowering:
         self.settings = settings
         self.program, self.module, self.end = program, module, end
         self.values: dict[fx.Node, _Integer] = {}
+        self.maps: dict[fx.Node, fx.Node] = {}
+        """The map that each look-up stands for."""
 
     def _typed(self, node: fx.Node, scale: Tensor, offset: Tensor, width: int) -> _Integer:
         scale, offset = scale.expand(d.shape_of(node)), offset.expand(d.shape_of(node))
@@ -138,7 +148,8 @@ class _Lowering:
         with self.module.graph.inserting_before(self.end):
             new = self.module.graph.placeholder(node.name)
         new.meta.update(node.meta, val=node.meta["val"].to(torch.int64))
-        new.meta.pop("bounds", None)
+        for key in ("bounds", "ends_without"):
+            new.meta.pop(key, None)
         return new
 
     def _clear_input(self, node: fx.Node) -> _Integer:
@@ -200,6 +211,7 @@ class _Lowering:
             averages=self.settings.averages_slots,
         )
         read = builder.lookup(x.node, tables.entries, tables.which, bits, accumulator - bits)
+        self.maps[read] = node
         read.meta["function"] = operator_name(node)
         if "error_variance" in node.meta:
             read.meta["error_variance"] = str(node.meta["error_variance"])
@@ -211,6 +223,14 @@ class _Lowering:
             return result
         moved = builder.shift(read, steps.long())
         return self._typed(moved, scale, result.offset - steps * scale, width)
+
+    def note_overflow(self, exact: Program) -> None:
+        """Let each input, look-up and result say what of it will overflow."""
+        places, results = estimate_overflow(exact, self.program, self.maps)
+        for node, overflow in places.items():
+            node.meta["overflow"] = overflow.to_json()
+        for node, overflow in zip(self.program.results, results, strict=True):
+            node.meta["result_overflow"] = overflow.to_json()
 
     def result(self, node: fx.Node) -> fx.Node:
         """Centre a result in its encoding and return its node."""

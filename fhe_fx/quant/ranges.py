@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,7 @@ from fhe_fx.ir.ops import LINEAR, SHIFT
 if TYPE_CHECKING:
     from fhe_fx.ir.program import Program
 
-__all__ = ["class_ends", "times_to_fill"]
+__all__ = ["class_ends", "sample_ends", "times_to_fill"]
 
 
 def class_ends(
@@ -34,24 +34,58 @@ def class_ends(
     """
     low = torch.full((n_classes,), torch.inf, dtype=torch.float64)
     high = torch.full((n_classes,), -torch.inf, dtype=torch.float64)
-
-    def include(classes: Tensor, values: Tensor) -> None:
-        low.scatter_reduce_(0, classes.reshape(-1), values.amin(0).reshape(-1).double(), "amin")
-        high.scatter_reduce_(0, classes.reshape(-1), values.amax(0).reshape(-1).double(), "amax")
-
-    wide = d.before_moves(node)
-    include(class_of(wide), program.observed[wide.name])
-    rows = _all_rows(program, wide)
-    if rows is not None:
-        made_by, values = rows
-        include(class_of(made_by).reshape(-1, values.shape[-1])[0], values)
+    for classes, values in _seen(program, node, class_of):
+        low.scatter_reduce_(0, classes, values.flatten(0, 1).amin(0).double(), "amin")
+        high.scatter_reduce_(0, classes, values.flatten(0, 1).amax(0).double(), "amax")
     absent = torch.ones(n_classes, dtype=torch.bool)
     absent[class_of(node).reshape(-1)] = False
     return low.masked_fill(absent, torch.inf), high.masked_fill(absent, -torch.inf)
 
 
+def sample_ends(
+    program: Program, node: fx.Node, class_of: Callable[[fx.Node], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `class_ends` does for each sample apart, and only for the classes of `node`.
+
+    Returns:
+        Least and greatest value, `[n_samples, n]` each, float64, and for every element of `node`
+        which of the n columns is that of its class.
+    """
+    own, column = torch.unique(class_of(node), return_inverse=True)
+    n_samples = len(program.observed[d.before_moves(node).name])
+    low = torch.full((n_samples, len(own)), torch.inf, dtype=torch.float64)
+    high = torch.full((n_samples, len(own)), -torch.inf, dtype=torch.float64)
+    for classes, values in _seen(program, node, class_of) if len(own) else ():
+        place = torch.searchsorted(own, classes).clamp_max(len(own) - 1)
+        is_own = own[place] == classes
+        index = place[is_own].expand(n_samples, -1)
+        low.scatter_reduce_(1, index, values.amin(1)[:, is_own].double(), "amin")
+        high.scatter_reduce_(1, index, values.amax(1)[:, is_own].double(), "amax")
+    return low, high, column
+
+
+def _seen(
+    program: Program, node: fx.Node, class_of: Callable[[fx.Node], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate over observed values that count for the classes of `node`.
+
+    Yields:
+        Classes `[n]`, and values `[n_samples, n_rows, n]`.
+    """
+    wide = d.before_moves(node)
+    classes = class_of(wide).reshape(-1)
+    yield classes, program.observed[wide.name].reshape(-1, 1, len(classes))
+    rows = _all_rows(program, wide)
+    if rows is not None:
+        made_by, values = rows
+        yield class_of(made_by).reshape(-1, values.shape[-1])[0], values
+
+
 def _all_rows(program: Program, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
-    """Return the clear-weight product behind `node`, and its values on all rows there are."""
+    """Return the clear-weight product behind `node`, and its values on all rows there are.
+
+    Values are `[n_samples, n_rows, n_out]`.
+    """
     offset = torch.zeros(())
     made_by = d.before_moves(node)
     if d.is_call(made_by, SHIFT):
@@ -63,7 +97,8 @@ def _all_rows(program: Program, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
     source = d.before_moves(d.input_node(made_by))
     if weight.dim() != 2 or not _keeps_channels(d.input_node(made_by), source):
         return None
-    observed = program.observed[source.name].reshape(-1, weight.shape[0])
+    observed = program.observed[source.name]
+    observed = observed.reshape(len(observed), -1, weight.shape[0])
     return made_by, observed @ weight + offset.reshape(-1)
 
 

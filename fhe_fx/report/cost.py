@@ -16,8 +16,10 @@ from fhe_fx.ir.types import ValueType
 from fhe_fx.ir.views import Lookup
 from fhe_fx.quant.lookup_cost import key_size, lookup_cost
 from fhe_fx.quant.noise_level import log_norm_of
+from fhe_fx.quant.overflow import Overflow
 from fhe_fx.report.machine import machine_rates
 from fhe_fx.report.memory import run_bytes
+from fhe_fx.report.overflow import EdgeOverflow, edges_of, overflow_of, sentence, total_error
 
 __all__ = ["NodeCost", "RegionCost", "Report", "report_on"]
 
@@ -38,6 +40,9 @@ class NodeCost:
     error_share: float | None = None
     """Predicted part of the error that look-ups make, from 0 to 1: why it has these bits. None if
     they were not allotted."""
+    overflow: Overflow | None = None
+    """What lies outside its range, on inputs that calibration never saw. None if the passes did not
+    estimate it."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,10 @@ class RegionCost:
     """False if the keys are those of another region, which are made and sent once."""
     tokens: int | None = None
     """Tokens that it takes, where the region has circuits of several lengths."""
+    edges: tuple[EdgeOverflow, ...] = ()
+    """What of its inputs is clipped, and what of its results wraps."""
+    overflow_error: float | None = None
+    """Error that overflow makes in the results: root mean square, in parts of their deviation."""
 
     def line(self) -> str:
         """Return the one line that is said when a circuit has been compiled."""
@@ -96,6 +105,11 @@ class RegionCost:
             f"about {_seconds(seconds)} on this machine"
         )
 
+    def overflow_line(self) -> str | None:
+        """Say what overflow remains, and where most of it does; None where nothing is known."""
+        look_ups = [(f"{n.function} {n.source}".strip(), n.overflow) for n in self.nodes]
+        return sentence(look_ups, self.edges, self.overflow_error)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -113,8 +127,9 @@ class Report:
         """
         regions = []
         for cost in costs:
-            nodes = tuple(NodeCost(**node) for node in cost["nodes"])
-            regions.append(_timed(RegionCost(**{**cost, "nodes": nodes})))
+            nodes = tuple(_node_from(node) for node in cost["nodes"])
+            edges = tuple(EdgeOverflow.from_fields(edge) for edge in cost.get("edges", ()))
+            regions.append(_timed(RegionCost(**{**cost, "nodes": nodes, "edges": edges})))
         return Report(tuple(regions))
 
     def as_dict(self) -> dict[str, Any]:
@@ -135,7 +150,8 @@ class Report:
         blocks = []
         for region in self.regions:
             header = (
-                "module path", "function", "look-ups", "bits", "of", "cost", "error", "source"
+                "module path", "function", "look-ups", "bits", "of", "cost", "error", "overflow",
+                "source",
             )  # fmt: skip
             rows = [
                 (
@@ -146,12 +162,13 @@ class Report:
                     str(n.accumulator_bits),
                     f"{100 * n.share:.1f} %",
                     "" if n.error_share is None else f"{100 * n.error_share:.1f} %",
+                    "" if n.overflow is None else n.overflow.text(),
                     n.source,
                 )
                 for n in region.nodes
             ]
             widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-            right = {2, 3, 4, 5, 6}
+            right = {2, 3, 4, 5, 6, 7}
             table = [
                 "  ".join(
                     c.rjust(w) if i in right else c.ljust(w)
@@ -160,6 +177,8 @@ class Report:
                 for row in [header, *rows]
             ]
             told = [] if region.predicted_error is None else [_error(region.predicted_error)]
+            if (said := region.overflow_line()) is not None:
+                told.append(said)
             blocks.append("\n".join([region.line(), *[f"  {line}" for line in [*table, *told]]]))
         return "\n\n".join(blocks)
 
@@ -202,9 +221,11 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
                 source.bits,
                 costs[n] / total,
                 variances[n] / (variance or 1.0) if n in variances else None,
+                overflow_of(n),
             )
         )
     nodes.sort(key=lambda c: -c.share)
+    edges = edges_of(program)
     sizes = [key_size(b, p_error, log_norm) for b in sorted(set(bits.values()))]
     base = RegionCost(
         name=program.name,
@@ -217,6 +238,8 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
         predicted_key_bytes=sum(size.key_bytes for size in sizes),
         predicted_memory_bytes=run_bytes(program, sizes),
         tokens=tokens,
+        edges=edges,
+        overflow_error=total_error([n.overflow for n in nodes] + [e.overflow for e in edges]),
     )
     if facts is None:
         return _timed(base)
@@ -232,6 +255,12 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
         has_own_keys=facts.has_own_keys,
     )
     return _timed(compiled)
+
+
+def _node_from(fields: Mapping[str, Any]) -> NodeCost:
+    overflow = fields.get("overflow")
+    known = None if overflow is None else Overflow(**overflow)
+    return NodeCost(**{**fields, "overflow": known})
 
 
 def _timed(cost: RegionCost) -> RegionCost:

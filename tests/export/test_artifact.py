@@ -22,6 +22,7 @@ from fhe_fx.export.archive import pack, unpack
 from fhe_fx.export.artifact import PARTIES, SERVER_ENTRIES, WHOLE, read_drawn
 from fhe_fx.export.manifest import file_entry, write_manifest
 from fhe_fx.ir.snapshot import snapshot
+from fhe_fx.report import Report, report_on
 from fhe_fx.runtime.region import Region
 from tests.export.conftest import make_region
 
@@ -52,6 +53,10 @@ def test_manifest_states_cost_shapes_and_validation(written: Path, region: Regio
     assert region.facts is not None
     assert manifest["cost"]["look_ups"] == region.facts.look_ups
     assert manifest["cost"]["key_bytes"] == region.facts.key_bytes
+    (told,) = Report.from_costs([manifest["cost"]]).regions
+    (known,) = report_on([(region.program, region.facts)]).regions
+    assert (told.nodes, told.edges) == (known.nodes, known.edges)
+    assert all(n.overflow is not None for n in told.nodes)
     assert manifest["versions"]["fhe_fx"] == fhe_fx.__version__
     assert manifest["validation"]["is_clear_equal"]
     assert manifest["validation"]["simulated_error_to_clear"] < 0.5
