@@ -12,6 +12,8 @@ from fhe_fx.quant.tables import ROOM
 
 __all__ = ["LookupError"]
 
+_TOGETHER = 1 << 16
+"""Values that are looked up at once, about: what is made of them stays in a processor's cache."""
 _ZERO = 1e-4
 """Part of the mean derivative up to which one is zero, but for the rounding of its parts."""
 
@@ -55,6 +57,7 @@ class LookupError:
         self.is_clipped = is_clipped
         self.gradients = gradients.flatten(2).float()
         self.gradients_if_wrapped = self._nowhere_zero(self.gradients)
+        self.has_zeros = not torch.equal(self.gradients, self.gradients_if_wrapped)
         self.domain = self._ends(exact[:n_calibrated])
         least, greatest = self._ends(self._apply(exact[:n_calibrated]))
         room = ROOM * (greatest - least)
@@ -74,19 +77,33 @@ class LookupError:
         """
         low_end, high_end = low.reshape(-1).float(), high.reshape(-1).float()
         slot = ((high_end - low_end) / self.size).clamp_min(1e-30)
-        arriving = self.arriving
+        # Anti-periodic: a turn reads minus the entry, and the table is centred on its two ends.
+        twice = self._tabulated(torch.stack([low_end, high_end - slot])).sum(0)
+        n_samples, numel = self.arriving.shape
+        found = torch.empty(len(self.gradients), n_samples, numel)
+        step = max(1, _TOGETHER // max(1, numel))
+        for start in range(0, n_samples, step):
+            some = slice(start, start + step)
+            answer, turns = self._answer(some, low_end, high_end, slot, twice)
+            gradients = self.gradients[:, some]
+            if self.has_zeros:
+                gradients = torch.where(turns == 0, gradients, self.gradients_if_wrapped[:, some])
+            torch.mul(gradients, answer.sub_(self.expected[some]), out=found[:, some])
+        return found
+
+    def _answer(
+        self, some: slice, low_end: Tensor, high_end: Tensor, slot: Tensor, twice: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what some samples read, and how often each went past an end."""
+        arriving = self.arriving[some]
         if self.is_clipped:
             arriving = arriving.clamp(low_end, high_end)
-        entry = (arriving - low_end).div_(slot).add_(self.noise).round_()
+        entry = (arriving - low_end).div_(slot).add_(self.noise[some]).round_()
         turns = (entry / self.size).floor_()
         entry.sub_(turns, alpha=self.size)
         answer = self._tabulated(torch.addcmul(low_end, entry, slot))
-        # Anti-periodic: a turn reads minus the entry, and the table is centred on its two ends.
-        twice = self._tabulated(torch.stack([low_end, high_end - slot])).sum(0)
         half_turns = turns / 2
-        answer = torch.where(half_turns == half_turns.floor(), answer, twice - answer)
-        gradients = torch.where(turns == 0, self.gradients, self.gradients_if_wrapped)
-        return gradients * answer.sub_(self.expected)
+        return torch.where(half_turns == half_turns.floor(), answer, twice - answer), turns
 
     def _tabulated(self, x: Tensor) -> Tensor:
         """Answer as a table does, which has room for little more than the observed results."""
