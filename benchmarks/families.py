@@ -2,20 +2,26 @@
 
     python benchmarks/families.py                              # tiny models, every part
     python benchmarks/families.py --size real --part attention # random weights of released sizes
+    python benchmarks/families.py --size real --no-compile     # complexity is predicted
     python benchmarks/families.py --page docs/families.md      # both tables, of what was measured
 
 Each row is a process of its own and is kept when it is done, so a run that was stopped goes on
 where it was; a row is measured again when the package has changed. Look-ups and complexity are
-exact and do not depend on the machine; seconds do.
+exact and do not depend on the machine; seconds do. What a row may take is counted in seconds of the
+processor, so that other work on the machine stops none; of one that is stopped while its circuit is
+compiled, the predicted complexity is kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +45,24 @@ def main() -> None:
     parser.add_argument("--family", choices=list(FAMILIES), action="append", help="all without it")
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--n-bits", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=300, help="that a row may take")
+    parser.add_argument("--seconds", type=int, default=900, help="of the processor, for a row")
+    parser.add_argument("--gigabytes", type=float, default=8, help="of memory, for a row")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="predict complexities instead of compiling"
+    )
     parser.add_argument("--store", type=Path, default=STORE, help="where rows are kept")
     parser.add_argument("--page", type=Path, help="write the tables of what is kept, and stop")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.row:
-        print(json.dumps(measure(json.loads(given.row))))
+        _limit(given.seconds, given.gigabytes)
+        for found in measure(json.loads(given.row), is_compiled=not given.no_compile):
+            print(json.dumps(found), flush=True)
     elif given.page:
         given.page.write_text(page(read(given.store)))
     else:
         for key in wanted(given):
-            found = attempt(key, given.seconds)
+            found = attempt(key, given)
             given.store.parent.mkdir(parents=True, exist_ok=True)
             with given.store.open("a") as file:
                 file.write(json.dumps({**key, **found}) + "\n")
@@ -80,22 +92,37 @@ def read(store: Path) -> list[Row]:
     return [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
 
 
-def attempt(key: Row, seconds: float) -> Row:
+def attempt(key: Row, given: argparse.Namespace) -> Row:
     """Measure a row in a process of its own; what it dies of is part of the result."""
-    command = [sys.executable, "-W", "ignore", __file__, "--row", json.dumps(key)]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return {"stopped": f"not done after {seconds:.0f} s", "machine": machine_name()}
-    if run.returncode:
-        last = run.stderr.strip().splitlines()[-1:] or [f"ended with {run.returncode}"]
-        return {"stopped": last[0], "machine": machine_name()}
-    found: Row = json.loads(run.stdout.splitlines()[-1])
-    return found
+    command = [
+        sys.executable, "-W", "ignore", __file__, "--row", json.dumps(key),
+        "--seconds", str(given.seconds), "--gigabytes", str(given.gigabytes),
+        *(["--no-compile"] if given.no_compile else []),
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = run.stdout.splitlines()
+    if lines:  # at least lowered
+        found: Row = json.loads(lines[-1])
+        return found
+    if run.returncode == -signal.SIGXCPU:
+        reason = f"not done after {given.seconds} s of the processor"
+    elif "can't allocate memory" in run.stderr or "MemoryError" in run.stderr:
+        reason = f"needs more than {given.gigabytes:g} GB of memory"
+    else:
+        reason = (run.stderr.strip().splitlines() or [f"ended with {run.returncode}"])[-1]
+    return {"stopped": reason, "machine": machine_name()}
 
 
-def measure(key: Row) -> Row:
-    """Lower and compile one part; return its cost, or why it is refused."""
+def _limit(seconds: int, gigabytes: float) -> None:
+    """Let the system end this process beyond some seconds of the processor, and refuse memory."""
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 1e9), most))
+
+
+def measure(key: Row, *, is_compiled: bool) -> Iterator[Row]:
+    """Lower and compile one part; give its cost as predicted and as compiled, or why not."""
     import torch
 
     import fhe_fx
@@ -122,12 +149,14 @@ def measure(key: Row) -> Row:
         exact = torch.stack([part.region.run_float(s)[0] for s in samples])
         clear = torch.stack([r[0] for r in part.region.run_many(samples, "clear")])
         found["error"] = float((clear - exact).norm() / exact.norm())
-        found["look_ups"] = fhe_fx.report(encrypted).regions[0].look_ups
-        cost = fhe_fx.compile(encrypted, verbose=False).regions[0]
-        found |= {"complexity": cost.complexity, "bits": cost.max_lookup_bits}
+        cost = fhe_fx.report(encrypted).regions[0]
+        found |= {"look_ups": cost.look_ups, "bits": cost.max_lookup_bits}
+        yield {**found, "predicted_complexity": cost.predicted_complexity}
+        if is_compiled:
+            cost = fhe_fx.compile(encrypted, verbose=False).regions[0]
+            yield {**found, "complexity": cost.complexity}
     except fhe_fx.FheFxError as error:
-        found["refused"] = f"{type(error).__name__}: {error}"
-    return found
+        yield {**found, "refused": f"{type(error).__name__}: {error}"}
 
 
 # The page -------------------------------------------------------------------------------------
@@ -147,9 +176,14 @@ square, in integers (mode `clear`), on eight inputs that calibration had not see
 words are random, so errors say whether a lowering is right, and not how a trained model behaves:
 for that see [accuracy](accuracy.md). Look-ups and complexity are exact and the same everywhere.
 
-Of a released size a part is listed where it was measured; one that did not end in the time allowed,
-with other work on the machine, is called stopped. The command goes on where it was. Where the
-feed-forward layer is no submodule, its part lies between two of them.
+Of a released size a part is listed where it was measured; one that took more of the processor or of
+memory than allowed is called stopped. Where the circuit was not compiled, the complexity is
+predicted and called about; look-ups are exact all the same. The command goes on where it was.
+Where the feed-forward layer is no submodule, its part lies between two of them.
+
+The encoder block of torch.nn (`nn.LayerNorm`, `nn.MultiheadAttention`, MLP) is what torchvision's
+ViT is made of. torchvision itself is not tried: beside a PyTorch without CUDA its wheel on PyPI
+does not load.
 """
 
 
@@ -200,11 +234,17 @@ def _table(rows: list[Row]) -> list[str]:
             continue
         lines.append(
             f"{head} {r['look_ups']:,} | {r['look_ups'] / r['rows']:,.0f} | "
-            f"{r['complexity']:.1e} | {r['bits']} | {r['error']:.3f} | {r['lower_seconds']:.0f} |"
+            f"{_complexity(r)} | {r['bits']} | {r['error']:.3f} | {r['lower_seconds']:.0f} |"
         )
     for reason, number in notes.items():
         lines += ["", f"({number})", "", "```text", reason, "```"]
     return lines
+
+
+def _complexity(row: Row) -> str:
+    if "complexity" in row:
+        return f"{row['complexity']:.1e}"
+    return f"about {row['predicted_complexity']:.1e}"
 
 
 if __name__ == "__main__":

@@ -107,11 +107,26 @@ def _(x: Tensor, factor: Tensor) -> Tensor:
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """Matrix product with a clear matrix on the right, exact on integers. Affine: no look-up."""
     if x.dtype.is_floating_point:
-        return torch.matmul(x, weight.to(x.dtype))
+        return _product(x, weight.to(x.dtype))
     bound = x.abs().max().double() * weight.abs().max().double() * weight.shape[-2]
     if float(bound) < _EXACT_IN_DOUBLE:  # BLAS has no integers; doubles are exact here
-        return torch.matmul(x.double(), weight.double()).round().long()
+        return _product(x.double(), weight.double()).round().long()
     return torch.matmul(x, weight)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply; what is stacked in front of a stack of matrices is taken together, as rows.
+
+    `matmul` would copy the matrices for each: those of a rotary embedding, one for each position,
+    for each of many samples.
+    """
+    extra = x.dim() - weight.dim()
+    if extra <= 0 or weight.dim() == 2:
+        return torch.matmul(x, weight)
+    stacked = x.flatten(0, extra - 1).movedim(0, -3)
+    found = torch.matmul(stacked.flatten(-3, -2), weight)
+    found = found.view(*found.shape[:-2], *stacked.shape[-3:-1], found.shape[-1]).movedim(-3, 0)
+    return found.reshape(*x.shape[:extra], *found.shape[1:]).contiguous()
 
 
 @_linear.register_fake
@@ -224,7 +239,7 @@ def _tabulated_backward(ctx: Any, grad: Tensor) -> Tensor:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return torch.matmul(grad, ctx.constants[0].to(grad.dtype).mT).sum_to_size(ctx.shape), None
+    return _product(grad, ctx.constants[0].to(grad.dtype).mT).sum_to_size(ctx.shape), None
 
 
 def _take_pairs_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

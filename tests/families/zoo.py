@@ -46,7 +46,8 @@ class Family:
 
         torch.manual_seed(seed)
         if not self.config:
-            return {"Classifier": Classifier, "Convolutions": Convolutions}[self.model]().eval()
+            plain = {"Classifier": Classifier, "Convolutions": Convolutions, "Encoder": Encoder}
+            return plain[self.model]().eval()
         settings = self.tiny if is_tiny else self.real
         config = getattr(transformers, self.config)(**settings)
         model: nn.Module = getattr(transformers, self.model)(config).eval()
@@ -75,7 +76,7 @@ class Family:
     def rows(self, model: nn.Module, tokens: int) -> int:
         """Return the rows of an input of that many words: tokens, patches, or one sample."""
         if not self.config:
-            return 1
+            return tokens if self.model == "Encoder" else 1
         config: Any = model.config
         return (config.image_size // config.patch_size) ** 2 + 1 if self.of_pixels else tokens
 
@@ -84,6 +85,8 @@ class Family:
         generator = torch.Generator().manual_seed(3)
         if isinstance(model, Classifier):
             return [0.5 * torch.randn(1, 6, generator=generator) + 0.1 for _ in range(n)]
+        if isinstance(model, Encoder):
+            return [0.5 * torch.randn(1, tokens, 8, generator=generator) + 0.1 for _ in range(n)]
         if isinstance(model, Convolutions):
             return [_image(1, 8, generator) for _ in range(n)]
         config: Any = model.config
@@ -133,6 +136,35 @@ class Convolutions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.mlp(self.block(x))
+        return y
+
+
+class EncoderBlock(nn.Module):
+    """Norm, torch.nn's attention, residual, norm, MLP, residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm_1(x)
+        y, _ = self.attention(y, y, y, need_weights=False)
+        y = x + y
+        z: Tensor = y + self.mlp(self.norm_2(y))
+        return z
+
+
+class Encoder(nn.Module):
+    """One block of modules of torch.nn, norms first, as torchvision's ViT has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = EncoderBlock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x)
         return y
 
 
@@ -276,7 +308,14 @@ FAMILIES = {
             "GemmaConfig",
             "GemmaModel",
             {**_GROUPED, "head_dim": 4},
-            _ONE,
+            # the 2B model
+            _ONE
+            | {
+                "hidden_size": 2048,
+                "intermediate_size": 16384,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 1,
+            },
         ),
         Family("BERT", _ENCODER, "BertConfig", "BertModel", _TINY, _ONE),
         Family(
@@ -364,6 +403,16 @@ FAMILIES = {
         ),
         Family(
             "MLP classifier", {"mlp": "mlp", "norm": "norm", "block": "block"}, model="Classifier"
+        ),
+        Family(
+            "torch.nn encoder",
+            {
+                "attention": "block.attention",
+                "mlp": "block.mlp",
+                "norm": "block.norm_1",
+                "block": "block",
+            },
+            model="Encoder",
         ),
         Family("small CNN", {"block": "block", "norm": "norm"}, model="Convolutions"),
     )

@@ -83,6 +83,7 @@ def test_shapes_are_known_without_values(
         (ops.TABULATED, ()),
         (ops.LINEAR, (_seeded(4, 5).double(),)),
         (ops.LINEAR, (_seeded(2, 4, 5).double(),)),
+        (ops.LINEAR, (_seeded(3, 2, 4, 5).double(),)),
         (ops.TAKE_PAIRS, (torch.tensor([0, 1, 1]), torch.tensor([2, 0, 0]))),
         (ops.PUT_PAIRS, (torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 2, 2]), 2, 3)),
     ],
@@ -93,6 +94,25 @@ def test_gradients_are_those_of_finite_differences(
 ) -> None:
     x = X.double().requires_grad_()
     assert torch.autograd.gradcheck(lambda v: op(v, *args), (x,))
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights"),
+    [
+        ((5, 4, 1), (4,)),
+        ((5, 1, 2), (4,)),
+        ((3, 5, 4, 2), (4,)),
+        ((5, 3, 1, 2), (3, 4)),
+        ((2,), (4,)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_stacks_of_matrices_multiply_stacks_of_samples(
+    rows: tuple[int, ...], weights: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x, weight = ((7 * _seeded(*s)).round().to(dtype) for s in ((*rows, 6), (*weights, 6, 3)))
+    assert torch.equal(ops.LINEAR(x, weight), torch.matmul(x, weight))
 
 
 @pytest.mark.parametrize(
