@@ -25,7 +25,7 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.ir.batch import BatchInterpreter
 from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.ir.views import Lookup
-from fhe_fx.quant.noise import noise_in_slots
+from fhe_fx.quant.lookup_noise import LookupNoise
 from fhe_fx.report import RegionCost, report_on
 from fhe_fx.report.machine import machine_name
 from fhe_fx.runtime.codec import Codec
@@ -94,8 +94,7 @@ class _Run(BatchInterpreter):
         super().__init__(twins.integers.module)
         self.twins, self.repairs = twins, repairs
         self.maps = {n.name: n for n in twins.exact.maps()}
-        self.generator = torch.Generator().manual_seed(0)
-        self.deviation = noise_in_slots(twins.integers.options.chosen_p_error)
+        self.noise = LookupNoise.of(twins.integers.options.chosen_p_error)
         self.outside = self.total = 0
 
     def run_node(self, n: fx.Node) -> object:
@@ -104,8 +103,7 @@ class _Run(BatchInterpreter):
             return super().run_node(n)
         view = Lookup.of(n)
         x = self.env[view.x]
-        slots = torch.randn(x.shape, generator=self.generator) * self.deviation
-        noisy = x + (slots * float(1 << view.lsbs)).round().long()
+        noisy = self.noise.disturb(x, view.bits, view.lsbs)
         answer = LOOKUP(noisy, view.tables, view.which, view.bits, view.lsbs)
         is_outside = wraps(view, noisy)
         self.outside += int(is_outside.sum())

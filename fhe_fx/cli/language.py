@@ -142,11 +142,9 @@ def generate(
 def _time_of(complexity: float | None) -> str:
     from fhe_fx.report.machine import machine_rates
 
-    return (
-        ""
-        if complexity is None
-        else f"; about {complexity / machine_rates().complexity_per_second:.0f} s here"
-    )
+    if complexity is None:
+        return ""
+    return f"; about {complexity / machine_rates().complexity_per_second:.0f} s here"
 
 
 def _interruptible_steps(stream: Iterator[T]) -> Iterator[T]:

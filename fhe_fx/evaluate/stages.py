@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fhe_fx.backends.reference.batch import run_batch
-from fhe_fx.backends.reference.noise import LookupNoise
 from fhe_fx.evaluate.fake import fake_quantized
 from fhe_fx.ir.program import Program
+from fhe_fx.quant.lookup_noise import LookupNoise
 from fhe_fx.runtime.ranges import RangeUse, RangeWatch
 from fhe_fx.runtime.region import Region
 from fhe_fx.runtime.staged import IntegerRunner, Samples

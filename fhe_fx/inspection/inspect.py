@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from fhe_fx.backends.reference.batch import run_batch
-from fhe_fx.backends.reference.noise import LookupNoise
 from fhe_fx.errors import InputError, OptionsError, TargetError, did_you_mean
 from fhe_fx.inspection.results import Inspection, NodeErrors, RegionErrors
 from fhe_fx.inspection.twin import Twins, twins_of
@@ -20,6 +19,7 @@ from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.ir.views import Lookup
 from fhe_fx.quant.calibration import as_call
+from fhe_fx.quant.lookup_noise import LookupNoise
 from fhe_fx.report import report_on
 from fhe_fx.report.overflow import expected_outside
 from fhe_fx.runtime.codec import Codec

@@ -15,7 +15,7 @@ from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.ir.types import ValueType
 from fhe_fx.ir.views import Lookup
 from fhe_fx.quant.left_out import Ends, ends_without, fold_numbers
-from fhe_fx.quant.noise import noise_in_slots
+from fhe_fx.quant.lookup_noise import LookupNoise
 from fhe_fx.quant.overflow import Overflow, Places, Tally
 from fhe_fx.quant.ranges import sample_ends
 
@@ -72,14 +72,16 @@ class _Run(BatchInterpreter):
     def __init__(self, exact: Program, integers: Program, maps: Mapping[fx.Node, fx.Node]) -> None:
         super().__init__(integers.module)
         self.exact, self.integers, self.maps = exact, integers, maps
-        self.noise = noise_in_slots(integers.options.chosen_p_error)
-        self.generator = torch.Generator().manual_seed(integers.options.seed)
+        options = integers.options
+        self.noise = LookupNoise.of(options.chosen_p_error, options.seed)
         self.samples = torch.arange(0)
         """Numbers of the samples that are run."""
         ports = zip(integers.placeholders, exact.placeholders, strict=True)
         self.inputs = {n: e for n, e in ports if not d.is_clear(n)}
         self.tallies = {n: _tally_of_input(exact, e, n) for n, e in self.inputs.items()}
-        self.tallies |= {n: _tally_of_lookup(exact, m, n, self.noise) for n, m in maps.items()}
+        self.tallies |= {
+            n: _tally_of_lookup(exact, m, n, self.noise.deviation) for n, m in maps.items()
+        }
         pairs = zip(exact.results, integers.results, strict=True)
         self.results = [_tally_of_result(exact, e, n) for e, n in pairs]
 
@@ -102,8 +104,7 @@ class _Run(BatchInterpreter):
         x = self.env[view.x]
         if n in self.maps:
             self._read(n, view, x)
-        slots = torch.randn(x.shape, generator=self.generator) * self.noise
-        noisy = x + (slots * float(1 << view.lsbs)).round().long()
+        noisy = self.noise.disturb(x, view.bits, view.lsbs)
         return LOOKUP(noisy, view.tables, view.which, view.bits, view.lsbs)
 
     def _read(self, n: fx.Node, view: Lookup, x: Tensor) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fhe_fx.backends.reference.batch import run_batch
-from fhe_fx.backends.reference.noise import LookupNoise
 from fhe_fx.errors import OptionsError
 from fhe_fx.ir.program import Program
 from fhe_fx.quant.calibration import Call
+from fhe_fx.quant.lookup_noise import LookupNoise
 from fhe_fx.runtime.module import EncryptedModule
 from fhe_fx.runtime.region import Region
 from fhe_fx.runtime.staged import IntegerRunner, Runner, Samples, StagedRegion

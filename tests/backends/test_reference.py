@@ -18,10 +18,10 @@ from fhe_fx.api import encrypted_modules
 from fhe_fx.backends.concrete import ConcreteBackend
 from fhe_fx.backends.reference import ReferenceBackend
 from fhe_fx.backends.reference.batch import run_batch
-from fhe_fx.backends.reference.noise import LookupNoise
 from fhe_fx.ir import Program
 from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.passes import default_pipeline
+from fhe_fx.quant.lookup_noise import LookupNoise
 from fhe_fx.testing.strategies import Recipe, recipes
 from tests.models import FEW, shipped_gpt2, shipped_sentences, tiny_llama
 from tests.passes.test_random_graphs import QUICK

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from fhe_fx import Options
 from fhe_fx.backends.reference.batch import run_batch
-from fhe_fx.backends.reference.noise import LookupNoise
 from fhe_fx.errors import OptionsError, PassError
 from fhe_fx.ir import Program
 from fhe_fx.ir import dialect as d
 from fhe_fx.passes import Pipeline, default_pipeline
 from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
+from fhe_fx.quant.lookup_noise import LookupNoise
 from fhe_fx.quant.noise import lookup_variance
 from fhe_fx.quant.noise_level import log_norm_of
 from fhe_fx.quant.response import lookup_responses

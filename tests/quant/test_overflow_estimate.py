@@ -14,7 +14,6 @@ from torch import Tensor, fx
 import fhe_fx
 from fhe_fx.api import encrypted_modules
 from fhe_fx.backends.reference.batch import run_batch
-from fhe_fx.backends.reference.noise import LookupNoise
 from fhe_fx.ir import Program
 from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.ir.types import ValueType
@@ -22,6 +21,7 @@ from fhe_fx.ir.views import Lookup
 from fhe_fx.passes import Pipeline, default_pipeline
 from fhe_fx.passes.choose_ranges import ChooseRanges
 from fhe_fx.passes.lower_to_integers import LowerToIntegers
+from fhe_fx.quant.lookup_noise import LookupNoise
 from fhe_fx.quant.noise import noise_in_slots
 from fhe_fx.quant.overflow import Overflow
 from fhe_fx.runtime.ranges import wraps

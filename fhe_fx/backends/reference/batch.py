@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fhe_fx.backends.reference.noise import LookupNoise
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.batch import BatchInterpreter
 from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.views import Lookup
+from fhe_fx.quant.lookup_noise import LookupNoise
 
 __all__ = ["Observer", "run_batch"]
 
