@@ -709,6 +709,12 @@ def build_region(
         output=_constant_or_none([out for _, out in recorded], _result_leaves(target, path)),
     )
     target.samples = _samples(path, names, [call for call, _ in recorded[1:]])
+    least = {
+        name: min(float(sample[k].min()) for sample in target.samples)
+        for k, name in enumerate(names)
+        if name in clear
+    }
+    signature = dataclasses.replace(signature, clear=least)
     Pipeline((Normalize(),)).run(target)
     return lower_region(target, heads, pipeline, lower), signature
 

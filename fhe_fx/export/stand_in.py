@@ -6,6 +6,7 @@ recorded results the shapes alone are written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from fhe_fx.errors import ArtifactError
+from fhe_fx.errors import ArtifactError, InputError
 from fhe_fx.export.graph import Operator, describe, rebuild
 from fhe_fx.ir import dialect as d
 from fhe_fx.passes.partition import ENCRYPTED
@@ -28,6 +29,9 @@ from fhe_fx.runtime.module import EncryptedModule, Signature
 __all__ = ["STAND_IN_FILES", "client_module", "client_tensors", "stand_in_files"]
 
 STAND_IN_FILES = ("stand_in.json", "stand_in.safetensors")
+
+_MOST_CLEAR = 64
+"""Different clear inputs of one length, such as masks, under which rows are proved to be causal."""
 
 aten = torch.ops.aten
 _MOVES = (
@@ -71,6 +75,7 @@ def _described(module: EncryptedModule) -> tuple[dict[str, Any], dict[str, Tenso
             "input_shapes": region.input_shapes,
             "tokens": region.tokens,
             "encrypted": signature.encrypted,
+            "clear": signature.clear,
             "results": signature.results,
             "others": {
                 name: _leaf(value, f"others.{name}", tensors)
@@ -78,6 +83,7 @@ def _described(module: EncryptedModule) -> tuple[dict[str, Any], dict[str, Tenso
             },
             "output": _written_output(signature, tensors),
             "causal": _causal(module),
+            "causal_under_clear": _causal_under_clear(module),
             "composed": _composed(region.composed, tensors),
         }
     except ArtifactError as error:
@@ -116,6 +122,45 @@ def _causal(module: EncryptedModule) -> list[dict[str, Any]]:
     return [] if found is None else [{"axes": axes, "results": sorted(found.items())}]
 
 
+def _causal_under_clear(module: EncryptedModule) -> dict[str, list[tuple[int, int]]]:
+    """Prove the same for each shorter length, under the clear inputs that calibration gave.
+
+    A client has no graph on which to prove it for others.
+    """
+    shapes, names = module.region.input_shapes, module.signature.encrypted
+    is_clear = [name in module.signature.clear for name in names]
+    lengths = {
+        s[1] if len(s) > 1 else 0 for s, clear in zip(shapes, is_clear, strict=True) if not clear
+    }
+    if not any(is_clear) or len(lengths) != 1 or 0 in lengths:
+        return {}
+    (length,) = lengths
+    proved: dict[str, list[tuple[int, int]]] = {}
+    for given in range(1, length):
+        seen: set[bytes] = set()
+        for sample in module.region.target.samples:
+            inputs = [
+                _cut(x, length, given) if clear else x.narrow(1, 0, given)
+                for x, clear in zip(sample, is_clear, strict=True)
+            ]
+            told = [x.float().numpy().tobytes() for x, c in zip(inputs, is_clear, strict=True) if c]
+            if b"".join(told) in seen or len(seen) == _MOST_CLEAR:
+                continue
+            seen.add(b"".join(told))
+            with contextlib.suppress(InputError):  # such a call is refused
+                digest, axes = module.asked_of(inputs)
+                proved[digest] = sorted(axes.items())
+    return proved
+
+
+def _cut(x: Tensor, length: int, given: int) -> Tensor:
+    """Keep the leading part of a clear input, in all axes but the first that are as long."""
+    for axis in range(1, x.dim()):
+        if x.shape[axis] == length:
+            x = x.narrow(axis, 0, given)
+    return x.contiguous()
+
+
 def client_module(
     skeleton: torch.nn.Module, files: Mapping[str, bytes], codec: Codec
 ) -> ClientModule:
@@ -134,6 +179,7 @@ def client_module(
         tensors = safetensors.load(files[STAND_IN_FILES[1]])
         signature = Signature(
             encrypted=tuple(described["encrypted"]),
+            clear={str(k): float(v) for k, v in described["clear"].items()},
             others={
                 name: _read_leaf(value, tensors) for name, value in described["others"].items()
             },
@@ -150,6 +196,10 @@ def client_module(
             causal_axes={
                 tuple(found["axes"]): {int(k): int(a) for k, a in found["results"]}
                 for found in described["causal"]
+            },
+            causal_under_clear={
+                str(digest): {int(k): int(a) for k, a in axes}
+                for digest, axes in described["causal_under_clear"].items()
             },
         )
     except ArtifactError:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
 from torch import Tensor, fx, nn
 
 from fhe_fx.errors import ArtifactError, InputError, OptionsError
 from fhe_fx.ir.program import Program
+from fhe_fx.runtime.causality import digest_of_clear
 from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
 from fhe_fx.runtime.region import MODES, Region, Remote, run_composed
@@ -33,6 +34,8 @@ class ClientRegion:
     """Shape of each encrypted input of the submodule, for one sample."""
     causal_axes: Mapping[tuple[int, ...], Mapping[int, int] | None]
     """What was proved on the graph when it was written: see `Region.causal`."""
+    causal_under_clear: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    """The same under clear inputs, by their digest: see `Region.causal_under`."""
     tokens: int | None = None
     """As in `Region`."""
     remote: Remote | None = None
@@ -64,6 +67,13 @@ class ClientRegion:
     def causal(self, row_axes: Sequence[int]) -> dict[int, int] | None:
         """Return the row axis of each result if the region was proved causal in these rows."""
         axes = self.causal_axes.get(tuple(row_axes))
+        return None if axes is None else dict(axes)
+
+    def causal_under(
+        self, row_axes: Sequence[int | None], clear: Mapping[int, Tensor], given: int
+    ) -> dict[int, int] | None:
+        """Return the same under clear inputs such as calibration gave."""
+        axes = self.causal_under_clear.get(digest_of_clear(row_axes, clear, given))
         return None if axes is None else dict(axes)
 
     def run_many(self, samples: Sequence[Sequence[Tensor]], mode: str) -> list[tuple[Tensor, ...]]:

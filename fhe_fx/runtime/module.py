@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fhe_fx.errors import InputError, OptionsError, did_you_mean
-from fhe_fx.runtime.region import MODES, Region
+from fhe_fx.runtime.causality import digest_of_clear
+from fhe_fx.runtime.region import MODES, Region, as_given
 from fhe_fx.runtime.standin import StandIn
 
 __all__ = ["EncryptedModule", "Signature", "keyed_leaves"]
@@ -44,6 +45,8 @@ class Signature:
     """Leaf of the output that each result of the region is."""
     output: Any
     """The recorded output, whose structure is returned; None for tensors that nothing reads."""
+    clear: Mapping[str, float] = field(default_factory=dict)
+    """Those of `encrypted` that the server may see, and the least value that calibration gave."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class _Rows:
 
     given: int
     compiled: int
-    axes: tuple[int, ...]
-    """The axis of each encrypted input that holds them."""
+    axes: tuple[tuple[int, ...], ...]
+    """The axis of each encrypted input that holds them; of a clear one any number."""
 
 
 class EncryptedModule(StandIn):
@@ -117,15 +120,12 @@ class EncryptedModule(StandIn):
         self._check_state()
         leaves = keyed_leaves(args, kwargs)
         inputs = [self._input(name, leaves) for name in self.signature.encrypted]
-        n_samples = self._n_samples(inputs)
-        rows = self._rows(inputs)
-        result_axes = self._result_axes(rows)
-        samples = self._samples(inputs, n_samples, rows)
+        samples, rows, result_axes = self._padded(inputs)
         self._check_others(leaves, args, kwargs, samples, rows, result_axes)
         found = self.region.run_many(samples, self._mode)
         runs = [self._cut(results, rows, result_axes) for results in found]
         results = [torch.cat([run[k] for run in runs]) for k in range(len(runs[0]))]
-        is_as_recorded = n_samples == 1 and rows is None
+        is_as_recorded = len(samples) == 1 and rows is None
         like = next((x for x in inputs if x.is_floating_point()), None)  # else only token numbers
         results = [r.to(inputs[0].device if like is None else like) for r in results]
         return self._output(results, is_as_recorded)
@@ -138,17 +138,11 @@ class EncryptedModule(StandIn):
         Args:
             leaves: what `keyed_leaves` made of the call.
         """
-        axes = []
-        for name, shape in zip(self.signature.encrypted, self.region.input_shapes, strict=True):
-            x = leaves.get(name)
-            if not isinstance(x, Tensor) or x.dim() != len(shape):
-                return False
-            if any(n > most for n, most in zip(x.shape[1:], shape[1:], strict=True)):
-                return False
-            axes.append(next((a for a in range(1, len(shape)) if x.shape[a] != shape[a]), 0))
-        if not any(axes):
-            return True
-        return 0 not in axes and self.region.causal(axes) is not None
+        try:
+            self._samples_of(leaves)
+        except InputError:
+            return False
+        return True
 
     def _fit(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor, tuple[int, ...]]]:
         return list(zip(inputs, self.region.input_shapes, strict=True))
@@ -182,14 +176,15 @@ class EncryptedModule(StandIn):
         shape = self.region.input_shapes[self.signature.encrypted.index(name)]
         fits = x.dim() == len(shape) and x.numel() > 0 and x.shape[0] % shape[0] == 0
         wrong = [a for a in range(1, len(shape)) if fits and x.shape[a] != shape[a]]
-        if not fits or len(wrong) > 1:
+        if not fits or (len(wrong) > 1 and name not in self.signature.clear):
             leading = "batch" if shape[0] == 1 else f"batch * {shape[0]}"
             raise InputError(
                 f"{self.region.name}: {name} has shape {list(x.shape)}; the circuit takes "
                 f"[{', '.join([leading, *map(str, shape[1:])])}]."
             )
-        if wrong and x.shape[wrong[0]] > shape[wrong[0]]:
-            axis = wrong[0]
+        longer = [a for a in wrong if x.shape[a] > shape[a]]
+        if longer:
+            axis = longer[0]
             raise InputError(
                 f"{self.region.name}: {name} has {x.shape[axis]} rows in axis {axis}; the circuit "
                 f"was compiled for at most {shape[axis]}. Give fewer, or encrypt again"
@@ -225,12 +220,15 @@ class EncryptedModule(StandIn):
 
     def _rows(self, inputs: Sequence[Tensor]) -> _Rows | None:
         """Return how the call is shorter than the circuit, or None if it is not."""
-        axes, found = [], set()
-        for x, shape in self._fit(inputs):
-            axis = next((a for a in range(1, len(shape)) if x.shape[a] != shape[a]), 0)
-            axes.append(axis)
-            found.add((x.shape[axis], shape[axis]) if axis else None)
-        if found == {None}:
+        axes: list[tuple[int, ...]] = []
+        found: set[tuple[int, int] | None] = set()
+        for name, (x, shape) in zip(self.signature.encrypted, self._fit(inputs), strict=True):
+            shorter = tuple(a for a in range(1, len(shape)) if x.shape[a] != shape[a])
+            axes.append(shorter)
+            found |= {(x.shape[a], shape[a]) for a in shorter}
+            if not shorter and name not in self.signature.clear:
+                found.add(None)
+        if found <= {None}:
             return None
         if len(found) > 1:
             listed = ", ".join(
@@ -251,44 +249,112 @@ class EncryptedModule(StandIn):
         Raises:
             InputError: if the call does not fit what was compiled.
         """
-        leaves = keyed_leaves(args, kwargs)
+        return self._samples_of(keyed_leaves(args, kwargs))
+
+    def _samples_of(self, leaves: dict[str, Any]) -> list[list[Tensor]]:
         inputs = [self._input(name, leaves) for name in self.signature.encrypted]
-        rows = self._rows(inputs)
-        self._result_axes(rows)  # refuses what cannot be padded
-        return self._samples(inputs, self._n_samples(inputs), rows)
+        return self._padded(inputs)[0]
+
+    def asked_of(self, inputs: Sequence[Tensor]) -> tuple[str, dict[int, int]]:
+        """Return the digest of a shorter call's clear inputs, and what was proved under them.
+
+        Args:
+            inputs: those of the circuit, for one sample, all as much shorter than it.
+
+        Raises:
+            InputError: if appended rows could change the results.
+        """
+        (sample,), rows, axes = self._padded(inputs)
+        assert rows is not None, "the call is as long as the circuit"
+        return digest_of_clear(*self._question(sample, rows)), axes
+
+    def _padded(
+        self, inputs: Sequence[Tensor]
+    ) -> tuple[list[list[Tensor]], _Rows | None, dict[int, int]]:
+        """Return samples as long as the circuit, and the axis of each result that holds rows.
+
+        Raises:
+            InputError: if appended rows could change the results.
+        """
+        n_samples, rows = self._n_samples(inputs), self._rows(inputs)
+        if rows is None or not self.signature.clear:
+            axes = self._result_axes(rows)
+            return self._samples(inputs, n_samples, rows, is_hidden=False), rows, axes
+        for is_hidden in (False, True):
+            samples = self._samples(inputs, n_samples, rows, is_hidden=is_hidden)
+            found = [self.region.causal_under(*self._question(s, rows)) for s in samples]
+            if found[0] is not None and all(axes == found[0] for axes in found):
+                return samples, rows, found[0]
+        raise self._not_causal(rows)
+
+    def _question(
+        self, sample: Sequence[Tensor], rows: _Rows
+    ) -> tuple[list[int | None], dict[int, Tensor], int]:
+        """Return what `Region.causal_under` is asked of a sample."""
+        named = enumerate(zip(self.signature.encrypted, sample, strict=True))
+        clear = {k: as_given(x) for k, (name, x) in named if name in self.signature.clear}
+        axes = [None if k in clear else a[0] for k, a in enumerate(rows.axes)]
+        return axes, clear, rows.given
 
     def _samples(
-        self, inputs: Sequence[Tensor], n_samples: int, rows: _Rows | None
+        self, inputs: Sequence[Tensor], n_samples: int, rows: _Rows | None, *, is_hidden: bool
     ) -> list[list[Tensor]]:
+        hidden = self.signature.clear if is_hidden else {}
+        fills = [hidden.get(name) for name in self.signature.encrypted]
         return [
-            [self._sample(x, shape, i, rows, k) for k, (x, shape) in enumerate(self._fit(inputs))]
+            [
+                self._sample(x, shape, i, rows, k, fills[k])
+                for k, (x, shape) in enumerate(self._fit(inputs))
+            ]
             for i in range(n_samples)
         ]
 
     @staticmethod
     def _sample(
-        x: Tensor, shape: tuple[int, ...], number: int, rows: _Rows | None, k: int
+        x: Tensor,
+        shape: tuple[int, ...],
+        number: int,
+        rows: _Rows | None,
+        k: int,
+        hidden: float | None,
     ) -> Tensor:
-        """Take one sample, and repeat its last row up to the compiled length."""
+        """Take one sample, and repeat its last row up to the compiled length.
+
+        Args:
+            x: an input of all samples.
+            shape: of the input that the circuit takes.
+            number: the sample.
+            rows: how the call lies in the circuit.
+            k: number of the input.
+            hidden: fills the last axis of a clear input instead: a mask that hides new keys.
+        """
         n_samples = x.shape[0] // shape[0]
         x = x.narrow(0, (number % n_samples) * shape[0], shape[0])
         if rows is None:
             return x
-        last = x.narrow(rows.axes[k], rows.given - 1, 1)
-        return torch.cat([x, *[last] * (rows.compiled - rows.given)], rows.axes[k])
+        for axis in rows.axes[k]:
+            last = x.narrow(axis, rows.given - 1, 1)
+            if hidden is not None and axis == rows.axes[k][-1]:
+                last = torch.full_like(last, hidden)
+            x = torch.cat([x, *[last] * (rows.compiled - rows.given)], axis)
+        return x
 
     def _result_axes(self, rows: _Rows | None) -> dict[int, int]:
         if rows is None:
             return {}
-        axes = self.region.causal(rows.axes)
+        axes = self.region.causal([a for (a,) in rows.axes])
         if axes is None:
-            raise InputError(
-                f"{self.region.name}: {rows.given} rows were given to a circuit of "
-                f"{rows.compiled}, and a row of this part may depend on later ones, so it cannot "
-                f"be padded. Give {rows.compiled} rows, or encrypt again"
-                + (f" with max_tokens={rows.given}." if set(rows.axes) == {1} else ".")
-            )
+            raise self._not_causal(rows)
         return axes
+
+    def _not_causal(self, rows: _Rows) -> InputError:
+        under = " under the clear inputs of this call" if self.signature.clear else ""
+        return InputError(
+            f"{self.region.name}: {rows.given} rows were given to a circuit of {rows.compiled}, "
+            f"and a row of this part may depend on later ones{under}, so it cannot be padded. "
+            f"Give {rows.compiled} rows, or encrypt again"
+            + (f" with max_tokens={rows.given}." if (1,) in rows.axes else ".")
+        )
 
     @staticmethod
     def _cut(results: Sequence[Tensor], rows: _Rows | None, axes: dict[int, int]) -> list[Tensor]:

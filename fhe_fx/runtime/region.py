@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,7 +17,7 @@ from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.partition import ENCRYPTED
 from fhe_fx.quant.calibration import Call
-from fhe_fx.runtime.causality import causal_axes
+from fhe_fx.runtime.causality import causal_axes, causal_axes_under, in_pairs
 from fhe_fx.runtime.codec import Codec
 from fhe_fx.runtime.ranges import RangeWatch
 
@@ -68,6 +68,7 @@ class Region:
     """Counts, in mode "clear", the values that were outside their range, where it is wanted."""
     _circuit: ConcreteCircuit | None = None
     _causal: dict[tuple[int, ...], dict[int, int] | None] = field(default_factory=dict)
+    _pairs: Program | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Region:
         """Share it: nothing in it changes, and a circuit with its keys cannot be copied."""
@@ -167,6 +168,20 @@ class Region:
         if key not in self._causal:
             self._causal[key] = causal_axes(self.target, key)
         return self._causal[key]
+
+    def causal_under(
+        self, row_axes: Sequence[int | None], clear: Mapping[int, Tensor], given: int
+    ) -> dict[int, int] | None:
+        """Return the same for one call, whose clear inputs may hide rows.
+
+        Args:
+            row_axes: as in `causal`; None for clear inputs.
+            clear: value of each clear input by number, as long as the circuit.
+            given: rows of the call; those from there on were appended.
+        """
+        if self._pairs is None:
+            self._pairs = in_pairs(self.target)
+        return causal_axes_under(self._pairs, row_axes, clear, given)
 
     def run_float(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the submodule in float, as captured."""

@@ -205,31 +205,109 @@ def test_clear_inputs_go_over_the_wire(tmp_path: Path) -> None:
     assert float((ours - theirs).norm() / theirs.norm()) < 0.1
 
 
-def test_a_padding_mask_of_a_language_model() -> None:
-    """One circuit serves prompts of several lengths, padded on the left."""
+def padded_call(n_padded: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return four tokens of which the first ones are padding."""
+    ids = torch.randint(3, 40, (1, 4), generator=generator)
+    return {"input_ids": ids, "attention_mask": (torch.arange(4) >= n_padded).long()[None]}
+
+
+@pytest.fixture(scope="module")
+def masked() -> Any:
+    """A language model and the same with an attention under clear masks. Not to be changed."""
     generator = torch.Generator().manual_seed(2)
-
-    def call(n_padded: int) -> dict[str, Tensor]:
-        ids = torch.randint(3, 40, (1, 4), generator=generator)
-        mask = torch.ones(1, 4, dtype=torch.long)
-        mask[0, :n_padded] = 0
-        return {"input_ids": ids, "attention_mask": mask}
-
     model = tiny_gpt2(attention="eager", n_layer=1)
     found = fhe_fx.encrypt_submodule(
         model,
         "h.0.attn",
         clear_inputs=["attention_mask"],
-        calibration=[call(i % 3) for i in range(36)],
+        calibration=[padded_call(i % 3, generator) for i in range(36)],
         options=OPTIONS,
     )
-    assert part_of(found).signature.encrypted == ("args[0]", "kwargs['attention_mask']")
     fhe_fx.set_mode(found, "clear")
-    for n_padded in range(3):
-        given = call(n_padded)
-        with torch.no_grad():
-            ours, theirs = (m(**given).logits[0, n_padded:] for m in (found, model))
-        assert float((ours - theirs).norm() / theirs.norm()) < 0.1
+    return model, found
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 4])
+def test_a_padding_mask_of_a_language_model(masked: Any, n_tokens: int) -> None:
+    """One circuit serves prompts of several lengths, padded on the left or shorter, or both."""
+    model, found = masked
+    assert part_of(found).signature.encrypted == ("args[0]", "kwargs['attention_mask']")
+    generator, errors, sizes = torch.Generator().manual_seed(5), 0.0, 0.0
+    for n_padded in range(min(n_tokens, 3)):
+        for _ in range(4):
+            call = {k: v[:, :n_tokens] for k, v in padded_call(n_padded, generator).items()}
+            with torch.no_grad():
+                ours, theirs = (m(**call).logits[0, n_padded:] for m in (found, model))
+            errors += float((ours - theirs).square().sum())
+            sizes += float(theirs.square().sum())
+    assert (errors / sizes) ** 0.5 < 0.1
+
+
+def test_a_batch_of_shorter_prompts_each_under_its_mask(masked: Any) -> None:
+    _, found = masked
+    generator = torch.Generator().manual_seed(3)
+    calls = [{k: v[:, :3] for k, v in padded_call(n, generator).items()} for n in (0, 1)]
+    both = {k: torch.cat([c[k] for c in calls]) for k in calls[0]}
+    with torch.no_grad():
+        together, apart = found(**both).logits, [found(**c).logits for c in calls]
+    torch.testing.assert_close(together[:1], apart[0])
+    torch.testing.assert_close(together[1:, 1:], apart[1][:, 1:])
+
+
+def test_clients_pad_under_masks_that_calibration_gave(masked: Any) -> None:
+    """They cannot prove it for others, having no graph of what is encrypted."""
+    part = part_of(masked[1])
+    codec = Codec.from_entries(part.region.codec.to_entries())
+    skeleton = tiny_gpt2(attention="eager", n_layer=1).transformer.h[0].attn
+    client = client_module(skeleton, stand_in_files(part), codec)
+    x, mask = part.region.target.samples[0]
+    shown, short = mask[..., :3, :3], x[:, :3]
+    ours, theirs = (m.samples_of(short, attention_mask=shown) for m in (client, part))
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        assert torch.equal(a, b)
+    other = shown.clone()
+    other[..., 2, 0] = other.min()
+    assert len(part.samples_of(short, attention_mask=other)) == 1
+    with pytest.raises(InputError, match="under the clear inputs of this call"):
+        client.samples_of(short, attention_mask=other)
+
+
+class Mixed(nn.Module):
+    """Rows under a mask that may show later ones, or hide them."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.tanh(mask @ x)
+
+
+def test_appended_rows_are_hidden_or_refused() -> None:
+    """A weight of zero hides them; where calibration never gave one, nothing does."""
+    generator = torch.Generator().manual_seed(4)
+
+    def made(least: float) -> EncryptedModule:
+        calls = [
+            (
+                torch.randn(1, ROWS, CHANNELS, generator=generator),
+                torch.rand(1, ROWS, ROWS, generator=generator).clamp_min(0.1).tril() + least,
+            )
+            for _ in range(16)
+        ]
+        model = Whole(Mixed()).eval()
+        found = fhe_fx.encrypt_submodule(
+            model, "part", clear_inputs="mask", calibration=calls, options=OPTIONS
+        )
+        fhe_fx.set_mode(found, "clear")
+        return part_of(found)
+
+    x, mask = torch.randn(1, 2, CHANNELS, generator=generator), torch.tensor([[[0.5, 0], [0.3, 1]]])
+    part, exact = made(0.0), Mixed()(x, mask)
+    assert float((part(x, mask) - exact).norm() / exact.norm()) < 0.1
+    with pytest.raises(InputError) as caught:
+        made(0.1)(x, mask)
+    assert str(caught.value) == (
+        "part: 2 rows were given to a circuit of 3, and a row of this part may depend on later "
+        "ones under the clear inputs of this call, so it cannot be padded. Give 3 rows, or encrypt "
+        "again with max_tokens=2."
+    )
 
 
 def test_refuses_names_that_are_no_arguments() -> None:
