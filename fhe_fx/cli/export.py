@@ -13,6 +13,7 @@ from fhe_fx.cli.lowering import artefacts, costs_of, lowered
 from fhe_fx.cli.options import (
     AsJson,
     Calibration,
+    ClearInputs,
     Heads,
     Lengths,
     MaxCost,
@@ -52,6 +53,7 @@ def export(
     n_bits: NBits = 4,
     tokens: Lengths = None,
     heads: Heads = None,
+    clear_input: ClearInputs = None,
     calibration: Calibration = None,
     p_error: PError = None,
     max_error: MaxError = None,
@@ -91,7 +93,7 @@ def export(
     with progress("loading and lowering the model") as show:
         regions, whole, named = lowered(
             model, submodule, n_bits, lengths, heads, calibration, budget, seed, passes,
-            is_one=circuit_only or onnx is not None,
+            is_one=circuit_only or onnx is not None, clear_inputs=clear_input,
         )  # fmt: skip
         for cost in costs_of(regions, [None] * len(regions)):
             say(cost.line())

@@ -80,6 +80,7 @@ def lowered(
     passes: str | None = None,
     *,
     is_one: bool = False,
+    clear_inputs: Sequence[str] | None = None,
 ) -> tuple[list[Region], nn.Module | Program, NamedModel]:
     """Load a model and lower parts of it; with `is_one`, refuse more than one circuit before.
 
@@ -97,6 +98,11 @@ def lowered(
     named = load_model(model, seed)
     samples = load_calibration(calibration, named) if calibration is not None else None
     if named.exported is not None:
+        if clear_inputs:
+            raise OptionsError(
+                f"--clear-input {clear_inputs[0]}: {model} is an exported program, whose arguments "
+                f"have no names. Give the model that it was."
+            )
         graph, region = _exported_region(
             named.exported, submodules, lengths, chosen, samples, options, pipeline, kept_cache()
         )
@@ -111,6 +117,9 @@ def lowered(
     module = named.module
     if isinstance(module, fx.GraphModule):
         module, submodules = submodules_of(module, submodules)
+    choose: Any = getattr(module, "set_attn_implementation", None)
+    if clear_inputs and choose is not None:
+        choose("eager")  # others leave out a mask that hides nothing
     paths = resolve_targets(module, submodules)
     if is_one:
         _one(paths)
@@ -122,6 +131,7 @@ def lowered(
         n_bits=n_bits,
         max_tokens=lengths,
         heads=chosen,
+        clear_inputs=clear_inputs or (),
         calibration=samples,
         options=options,
         passes=pipeline,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsJson",
     "Calibration",
+    "ClearInputs",
     "Heads",
     "Lengths",
     "MaxCost",
@@ -66,7 +67,18 @@ Heads = Annotated[
 ]
 Calibration = Annotated[
     Path | None,
-    typer.Option(help="Sentences, one a line, or a .npy of inputs; else the model writes its own."),
+    typer.Option(
+        help="Sentences, one a line; a .npy of inputs; a .npz, an array [n, ...] for each argument "
+        "of the model. Else the model writes its own."
+    ),
+]
+ClearInputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--clear-input",
+        help="Argument of the part that the server may see, such as attention_mask; once for each. "
+        "Models of transformers then make their masks as eager attention does.",
+    ),
 ]
 PError = Annotated[
     float | None, typer.Option(help="Probability that a look-up reads the neighbouring entry.")

@@ -12,6 +12,7 @@ from fhe_fx.cli.lowering import artefacts, costs_of, lowered
 from fhe_fx.cli.options import (
     AsJson,
     Calibration,
+    ClearInputs,
     Heads,
     Lengths,
     MaxCost,
@@ -43,6 +44,7 @@ def report(
     n_bits: NBits = 4,
     tokens: Lengths = None,
     heads: Heads = None,
+    clear_input: ClearInputs = None,
     calibration: Calibration = None,
     p_error: PError = None,
     max_error: MaxError = None,
@@ -71,8 +73,9 @@ def report(
         with progress("loading and lowering the model") as show:
             lengths = lengths_of(tokens) if tokens else None
             regions, *_ = lowered(
-                model, submodule, n_bits, lengths, heads, calibration, budget, seed, passes
-            )
+                model, submodule, n_bits, lengths, heads, calibration, budget, seed, passes,
+                clear_inputs=clear_input,
+            )  # fmt: skip
             for cost in costs_of(regions, [None] * len(regions)):
                 say(cost.line())
             show("compiling")

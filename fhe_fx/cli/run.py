@@ -139,7 +139,7 @@ def _array(path: Path) -> Tensor:
     import torch
 
     from fhe_fx.errors import CalibrationError
-    from fhe_fx.export.models import load_array
+    from fhe_fx.export.arrays import load_array
 
     if not path.is_file():
         raise InputError(f"There is no input file {path}.")

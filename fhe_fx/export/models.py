@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fhe_fx.errors import CalibrationError, FheFxError, OptionsError, did_you_mean
+from fhe_fx.export.arrays import load_array, load_arrays
 
 __all__ = ["ModelError", "NamedModel", "load_calibration", "load_exported", "load_model"]
 
@@ -248,7 +249,8 @@ def load_calibration(path: Path, model: NamedModel) -> list[Any]:
     """Read calibration inputs: sentences, one a line, or an array `[n, *shape of an input]`.
 
     Args:
-        path: `.npy`, else text, for which the model has a tokenizer.
+        path: `.npy`; `.npz`, with an array for each argument of the model by name; else text, for
+            which the model has a tokenizer.
         model: says how to read text.
 
     Raises:
@@ -268,12 +270,29 @@ def load_calibration(path: Path, model: NamedModel) -> list[Any]:
         if isinstance(model.module, torch.fx.GraphModule):
             return [r.long()[None] if is_tokens else r[None] for r in rows]
         return [{"input_ids": r.long()[None]} if is_tokens else r[None] for r in rows]
+    if path.suffix == ".npz":
+        return _named_rows(path, model)
     if model.tokenizer_from is None:
         raise OptionsError(
             f"{path} is read as text, and this model has no tokenizer. Give a .npy file of inputs, "
             f"[n, *input shape], or leave --calibration out."
         )
     return _tokenized(path, model)
+
+
+def _named_rows(path: Path, model: NamedModel) -> list[dict[str, Tensor]]:
+    """Read a call of the model for each row of a file's arrays."""
+    if model.exported is not None or isinstance(model.module, torch.fx.GraphModule):
+        raise CalibrationError(
+            f"{path} names arguments, and a graph has none. Give a .npy file of its only input."
+        )
+    arrays = {name: torch.from_numpy(array) for name, array in load_arrays(path).items()}
+    if "input_ids" in arrays:
+        _check_vocabulary(path, arrays["input_ids"], model)
+    return [
+        dict(zip(arrays, (row[None] for row in rows), strict=True))
+        for rows in zip(*arrays.values(), strict=True)
+    ]
 
 
 def _check_vocabulary(path: Path, rows: Tensor, model: NamedModel) -> None:
@@ -290,23 +309,6 @@ def _check_vocabulary(path: Path, rows: Tensor, model: NamedModel) -> None:
             f"{path} holds token numbers from {int(rows.min())} to {int(rows.max())}; the model's "
             f"are 0 to {size - 1}. Tokenize the text with the model's own tokenizer."
         )
-
-
-def load_array(path: Path) -> Any:
-    """Read a `.npy` file of numbers.
-
-    Raises:
-        CalibrationError: if it is not one.
-    """
-    import numpy as np
-
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CalibrationError(f"{path} cannot be read as a .npy array: {error}.") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        raise CalibrationError(f"{path} does not hold one array of numbers.")
-    return array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
 
 
 def _tokenized(path: Path, model: NamedModel) -> list[Any]:

@@ -170,6 +170,26 @@ def test_calibration_arrays_that_a_language_model_does_not_take(tmp_path: Path) 
             load_calibration(tmp_path / name, model)
 
 
+def test_calibration_by_name_of_argument(tmp_path: Path) -> None:
+    path = tmp_path / "calls.npz"
+    np.savez(path, input_ids=[[3, 4], [5, 6]], attention_mask=[[True, True], [False, True]])
+    calls = load_calibration(path, NamedModel())
+    assert [c["input_ids"].tolist() for c in calls] == [[[3, 4]], [[5, 6]]]
+    assert calls[1]["attention_mask"].tolist() == [[False, True]]
+    for arrays, told in (
+        ({"a": [1], "b": [1, 2]}, "holds unequal numbers of rows, or none: a 1, b 2."),
+        ({"a": ["x"]}, "a is no array of numbers. Give one, [n, ...], for each argument."),
+        ({}, "it holds no array"),
+    ):
+        np.savez(path, **arrays)
+        with pytest.raises(CalibrationError) as caught:
+            load_calibration(path, NamedModel())
+        assert told in str(caught.value)
+    path.write_bytes(b"PK")
+    with pytest.raises(CalibrationError, match=r"cannot be read as a \.npz of arrays"):
+        load_calibration(path, NamedModel())
+
+
 def test_calibration_files_that_mean_nothing(tmp_path: Path) -> None:
     shipped = NamedModel(tokenizer_from=str(SHIPPED))
     with pytest.raises(CalibrationError, match="There is no calibration file"):
