@@ -115,19 +115,20 @@ def lowered(
 
     assert named.module is not None
     module = named.module
-    if isinstance(module, fx.GraphModule):
+    is_whole = submodules == [""]
+    if isinstance(module, fx.GraphModule) and not is_whole:
         module, submodules = submodules_of(module, submodules)
     choose: Any = getattr(module, "set_attn_implementation", None)
     if clear_inputs and choose is not None:
         choose("eager")  # others leave out a mask that hides nothing
-    paths = resolve_targets(module, submodules)
+    paths = [""] if is_whole else resolve_targets(module, submodules)
     if is_one:
         _one(paths)
         if len(lengths or ()) > 1:
             raise OptionsError(f"--tokens {','.join(map(str, lengths or ()))}: give one length.")
     encrypted = fhe_fx.encrypt_submodule(
         module,
-        submodules,
+        "" if is_whole else submodules,
         n_bits=n_bits,
         max_tokens=lengths,
         heads=chosen,

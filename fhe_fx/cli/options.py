@@ -47,7 +47,8 @@ Submodules = Annotated[
     list[str] | None,
     typer.Option(
         "--submodule",
-        help="Part to encrypt: a path, a unique suffix, a glob or re:...; once for each.",
+        help='Part to encrypt: a path, a unique suffix, a glob or re:...; once for each. "" is the '
+        "model itself, of which the client embeds.",
     ),
 ]
 NBits = Annotated[int, typer.Option(help="Bits of a quantized activation.")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import types
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import torch as safetensors
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fhe_fx.errors import ArtifactError, TargetError
 from fhe_fx.export.artifact import FILES
@@ -33,8 +34,11 @@ from fhe_fx.export.manifest import (
 from fhe_fx.export.quiet import quiet_transformers
 from fhe_fx.export.region import write_region
 from fhe_fx.export.stand_in import client_tensors, stand_in_files
+from fhe_fx.ir import dialect as d
+from fhe_fx.passes.partition import PREFIX
 from fhe_fx.runtime.client import ClientModule
 from fhe_fx.runtime.module import EncryptedModule
+from fhe_fx.runtime.region import Region
 from fhe_fx.runtime.standin import StandIn
 from fhe_fx.runtime.whole import Call
 
@@ -78,6 +82,9 @@ def save(
     by `fhe_fx.from_pretrained`. `server` holds a circuit for each part and is served by
     `fhe-fx serve`. Beside them stands, for the one who exports, each part as an artefact that runs
     without the model: at the top, or in `circuits` if there are several.
+
+    Of a model that is encrypted as a whole, the tables of its embeddings remain: they are the
+    client's, beside the encodings.
 
     The directory appears when all of it is written and validated; after an error it is as it was.
 
@@ -151,11 +158,8 @@ def is_pretrained(model: object) -> bool:
 
 def _parts(model: nn.Module) -> list[_Part]:
     found: dict[StandIn, list[str]] = {}
-    if isinstance(model.__dict__.get("forward"), Call):
-        raise ArtifactError(
-            f"All of this {type(model).__name__} is encrypted, and what remains with the client is "
-            f"no model. Encrypt the submodules behind the embedding to write it for two."
-        )
+    if (call := _call_of(model)) is not None:
+        found[call.stand_in] = [""]
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, StandIn):
             found.setdefault(module, []).append(name)
@@ -169,13 +173,19 @@ def _parts(model: nn.Module) -> list[_Part]:
             f"This {type(model).__name__} was loaded from a client's directory, without the "
             f"weights of its encrypted parts. Copy that directory instead."
         )
-    if "" in next(iter(found.values())):
+    if call is None and "" in next(iter(found.values())):
         raise ArtifactError("The whole model is encrypted, so there is no client's part to write.")
     return [_Part(module.parts, tuple(paths)) for module, paths in found.items()]
 
 
+def _call_of(model: nn.Module) -> Call | None:
+    """Return the `forward` of a model of which all is encrypted."""
+    call = model.__dict__.get("forward")
+    return call if isinstance(call, Call) else None
+
+
 def _is_inside(name: str, parts: Sequence[_Part]) -> bool:
-    return any(name.startswith(f"{path}.") for part in parts for path in part.paths)
+    return any(name.startswith(f"{path}.") or not path for part in parts for path in part.paths)
 
 
 def _remainder(model: nn.Module, parts: Sequence[_Part]) -> dict[str, Tensor]:
@@ -196,7 +206,10 @@ def _refuse_telling(parts: Sequence[_Part], remainder: Mapping[str, Tensor]) -> 
         # Of a part of which some heads are encrypted, the client holds the others' weights.
         is_whole = region.circuit_name == region.name
         told = {_content(v): k for k, v in written.items()} if is_whole else {}
-        for name, weight in circuit.original.state_dict().items():
+        weights = circuit.original.state_dict()
+        for own in _own(region, weights):
+            told.pop(own, None)
+        for name, weight in weights.items():
             if not isinstance(weight, Tensor) or weight.numel() == 0:
                 continue
             key = _content(weight)
@@ -207,6 +220,25 @@ def _refuse_telling(parts: Sequence[_Part], remainder: Mapping[str, Tensor]) -> 
                     f"numbers as {same}: whoever has the one has the other. Encrypt the part that "
                     f"owns {same} too, untie the two, or encrypt another part."
                 )
+
+
+def _own(region: Region, weights: Mapping[str, Any]) -> set[str]:
+    """Return the contents of weights that the client computes with, and the circuit does not.
+
+    The tables of an embedding are the client's, unless the server has them too, as those to which a
+    head is tied.
+    """
+    prefix = getattr(region.composed, PREFIX, None)
+    if not isinstance(prefix, fx.GraphModule):
+        return set()
+    named = Counter(_content(w) for w in weights.values() if isinstance(w, Tensor))
+    servers = _contents_of(region.captured.module)
+    return {c for c in _contents_of(prefix) if c not in servers and named[c] == 1}
+
+
+def _contents_of(graph: fx.GraphModule) -> set[str]:
+    found = (_content(d.constant(n)) for n in graph.graph.nodes if n.op == "get_attr")
+    return {content for content in found if content is not None}
 
 
 def _place(value: Tensor) -> int:
@@ -224,7 +256,12 @@ def _content(value: Tensor) -> str | None:
 def _write_client(
     model: nn.Module, remainder: dict[str, Tensor], tokenizer: Any, client: Path
 ) -> None:
-    if is_pretrained(model):
+    if is_pretrained(model) and _call_of(model) is not None:  # no weight remains
+        held: Any = model
+        held.config.save_pretrained(client)
+        if held.can_generate():
+            held.generation_config.save_pretrained(client)
+    elif is_pretrained(model):
         cls: Any = type(model)
         with quiet_transformers():
             cls.save_pretrained(model, client, state_dict=remainder)
@@ -239,11 +276,11 @@ def _write_client(
 
 def _loading(model: nn.Module) -> str:
     skeleton = "" if is_pretrained(model) else f", model={type(model).__name__}(...)"
-    run = (
-        "model.generate(**prompt, max_new_tokens=1)"
-        if hasattr(model, "generate")
-        else "model(inputs)"
-    )
+    run = "model(inputs)"
+    if hasattr(model, "generate"):
+        run = "model.generate(**prompt, max_new_tokens=1)"
+        if _call_of(model) is not None:
+            run = "list(fhe_fx.generate(model, prompt, max_new_tokens=1))"
     return f'model = fhe_fx.from_pretrained("client"{skeleton}, remote="http://HOST:PORT")\n{run}'
 
 

@@ -18,6 +18,7 @@ from fhe_fx.export.quiet import quiet_transformers
 from fhe_fx.export.stand_in import STAND_IN_FILES, client_module
 from fhe_fx.runtime.ladder import Ladder
 from fhe_fx.runtime.standin import StandIn
+from fhe_fx.runtime.whole import called_as
 
 __all__ = ["client_directory", "load_client_model"]
 
@@ -40,6 +41,8 @@ def load_client_model(directory: str | Path, model: nn.Module | type | None = No
     directory = client_directory(directory)
     manifest = read_manifest(directory, format=CLIENT_MODEL_FORMAT)
     check_files(directory, manifest)
+    if manifest["parts"] and all(part["paths"] == [""] for part in manifest["parts"]):
+        return _whole(directory, manifest, model)
     loaded, missing = _loaded(directory, manifest, model)
     paths = [path for part in manifest["parts"] for path in part["paths"]]
     absent = [name for name in missing if not name.startswith(tuple(f"{p}." for p in paths))]
@@ -54,6 +57,24 @@ def load_client_model(directory: str | Path, model: nn.Module | type | None = No
             parent, _, name = path.rpartition(".")
             _submodule(loaded, parent)._modules[name] = stand_in
     save_for_two(loaded)  # which refuses: half of it is elsewhere
+    return loaded.eval()
+
+
+def _whole(directory: Path, manifest: dict[str, Any], model: nn.Module | type | None) -> nn.Module:
+    """Return a model without weights, all of which runs elsewhere."""
+    (part,) = manifest["parts"]
+    if isinstance(model, nn.Module):
+        skeleton = copy.deepcopy(model)
+    else:
+        cls = _class(directory, manifest, model)
+        with quiet_transformers(), torch.device("meta"):  # nothing is kept of its weights
+            skeleton = cls(cls.config_class.from_pretrained(directory, local_files_only=True))
+        if (directory / "generation_config.json").is_file():
+            from transformers import GenerationConfig
+
+            skeleton.generation_config = GenerationConfig.from_pretrained(directory)
+    loaded = called_as(skeleton, _stand_in(directory, part, skeleton))
+    save_for_two(loaded)  # which refuses: all of it is elsewhere
     return loaded.eval()
 
 
@@ -89,6 +110,19 @@ def _loaded(
     """Return a model with the weights that are there, and the names of those that are not."""
     if isinstance(model, nn.Module):
         return _into(copy.deepcopy(model), directory, manifest)
+    cls = _class(directory, manifest, model)
+    with quiet_transformers():
+        loaded, found = cls.from_pretrained(
+            directory,
+            local_files_only=True,
+            output_loading_info=True,
+            attn_implementation=manifest["attention"],
+        )
+    return loaded, list(found["missing_keys"])
+
+
+def _class(directory: Path, manifest: dict[str, Any], model: type | None) -> Any:
+    """Return the class of transformers' kind that a model is made of."""
     cls: Any = model
     if cls is None and manifest["is_pretrained"]:
         import transformers
@@ -99,14 +133,7 @@ def _loaded(
             f"{directory} holds the weights of a {manifest['class']}, whose architecture cannot be "
             f"made from files. Give an instance: model={manifest['class']}(...)."
         )
-    with quiet_transformers():
-        loaded, found = cls.from_pretrained(  # type: ignore[attr-defined]
-            directory,
-            local_files_only=True,
-            output_loading_info=True,
-            attn_implementation=manifest["attention"],
-        )
-    return loaded, list(found["missing_keys"])
+    return cls
 
 
 def _into(

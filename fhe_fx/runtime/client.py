@@ -54,6 +54,11 @@ class ClientRegion:
         """
         raise self._absent()
 
+    @property
+    def facts(self) -> None:
+        """Nothing: what the circuit costs is not said to clients in data."""
+        return
+
     def circuit(self) -> NoReturn:
         """Refuse, as `program` does."""
         raise self._absent()
