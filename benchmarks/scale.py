@@ -1,4 +1,4 @@
-"""How lowering grows with the model: twelve attentions one after the other, and time per node.
+"""How lowering grows with the model: one attention by stage, all twelve, and time per node.
 
     python benchmarks/scale.py --page docs/scale.md   # measures, and writes the page and its figure
 
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import stages as stages_of
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,6 +34,11 @@ from fhe_fx.report.machine import machine_name
 MODEL, TOKENS = "random:gpt2", 8
 DEPTHS = (1, 2, 4, 8, 16)
 CHANNELS, HEADS, ROWS, SAMPLES = 8, 2, 4, 32
+_BUSY = (
+    "Where other processes keep the cores busy, PyTorch's threads wait for each other at every "
+    "operator, and the same takes several times as long; with `OMP_NUM_THREADS=1` it takes little "
+    "more than on an idle machine. Results may then differ in the last bit of a float."
+)
 SHOWN = 3
 """Passes that the figure draws one by one: those that take longest."""
 Row = dict[str, Any]
@@ -47,8 +53,9 @@ def main() -> None:
     if given.row:
         print(json.dumps(attentions() if given.row == "attentions" else stack(int(given.row))))
         return
+    by_stage = _run(Path(__file__).with_name("stages.py"), "--json")
     whole, *points = [_apart(row) for row in ("attentions", *map(str, DEPTHS))]
-    text = page(whole, points)
+    text = page(by_stage, whole, points)
     print(text)
     if given.page:
         draw(points, given.page.parent / "scale")
@@ -56,10 +63,14 @@ def main() -> None:
 
 
 def _apart(row: str) -> Row:
-    command = [sys.executable, "-W", "ignore", __file__, "--row", row]
+    return _run(Path(__file__), "--row", row)
+
+
+def _run(script: Path, *words: str) -> Row:
+    command = [sys.executable, "-W", "ignore", str(script), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: Row = json.loads(done.stdout.splitlines()[-1])
-    print(row, found, file=sys.stderr, flush=True)
+    print(script.name, *words, found, file=sys.stderr, flush=True)
     return found
 
 
@@ -146,8 +157,13 @@ def stack(depth: int) -> Row:
 # The page -------------------------------------------------------------------------------------
 
 
-def page(whole: Row, points: list[Row]) -> str:
+def page(by_stage: Row, whole: Row, points: list[Row]) -> str:
     """Write what was measured."""
+    stages = (
+        f"`fhe-fx report {stages_of.MODEL} --submodule {stages_of.PART} --tokens "
+        f"{stages_of.TOKENS}` without its cache, stage by stage ({by_stage['look_ups']:,} "
+        f"look-ups, {by_stage['threads']} threads of PyTorch; `python benchmarks/stages.py`):"
+    )
     lowered = (
         f"All {whole['parts']} attentions of `{MODEL}`, {TOKENS} tokens, lowered one after the "
         f"other from the float model: {whole['look_ups']:,} look-ups, {whole['seconds']:.0f} "
@@ -161,6 +177,16 @@ def page(whole: Row, points: list[Row]) -> str:
         "<!-- Written by `python benchmarks/scale.py --page docs/scale.md`. -->",
         "",
         "# How lowering grows",
+        "",
+        "## One attention",
+        "",
+        stages,
+        "",
+        stages_of.table(by_stage),
+        "",
+        _BUSY,
+        "",
+        "## Whole models",
         "",
         lowered,
         "",

@@ -66,15 +66,21 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Run the command and exit."""
+def few_collections() -> None:
+    """Let Python look for garbage seldom, from now on."""
     gc.freeze()  # what was imported stays
     gc.set_threshold(_OBJECTS)
+
+
+def main() -> None:
+    """Run the command and exit."""
+    few_collections()
     try:
         app()
     except SystemExit as error:
         sys.stdout.flush()
         sys.stderr.flush()
+        gc.freeze()  # what is left goes with the process; nobody has to look through it
         if error.code == INTERRUPTED:
             os._exit(INTERRUPTED)  # a native thread may still run, and cannot be stopped
         raise

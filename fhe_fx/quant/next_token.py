@@ -13,6 +13,9 @@ __all__ = ["NextToken"]
 _CLOSE = 1e-3
 """How far logits may lie apart: probabilities then differ by two thousandths of themselves."""
 
+_CHECKED = 8
+"""Texts on which it is checked that what a model keeps does not change its answer."""
+
 _NAMES = ("past_key_values", "cache")
 """What releases of transformers call the keys and values of the tokens before."""
 
@@ -21,8 +24,8 @@ class NextToken:
     """Reads texts with a model, every token once where the model can keep what it has read.
 
     Models of transformers' kind take and return keys and values of the tokens before. That the
-    answer is then the same is checked once, on the second token; where it is not, or where a model
-    keeps nothing, whole texts are read again.
+    answer is then the same is checked once, on the second token of some of the texts; where it is
+    not, or where a model keeps nothing, whole texts are read again.
 
     Args:
         model: takes `input_ids`, and returns `logits` or `last_hidden_state`.
@@ -51,12 +54,15 @@ class NextToken:
             found = self._read(ids[:, -1:], use_cache=True, **{self._name: self._kept})
         except Exception:  # whatever it was, reading all of the text shows whether it matters
             found = None
-        if self._is_checked and found is not None:
+        if found is not None and (self._is_checked or self._is_right(found, ids)):
+            self._is_checked = True
             return found
-        whole = self._read(ids)
-        self._is_checked = _are_close(found, whole)
-        self._may_keep = self._is_checked
-        return whole
+        self._may_keep = False
+        return self._read(ids)
+
+    def _is_right(self, found: Tensor, ids: Tensor) -> bool:
+        whole = self._read(ids[:_CHECKED])
+        return whole is not None and torch.allclose(found[:_CHECKED], whole, rtol=0.0, atol=_CLOSE)
 
     def _read(self, ids: Tensor, **options: Any) -> Tensor | None:
         output = self.model(input_ids=ids, **options, **self._options)
@@ -72,7 +78,3 @@ class NextToken:
         if hidden is None or embedding is None or embedding.weight.shape[-1] != hidden.shape[-1]:
             return None
         return hidden[:, -1] @ embedding.weight.T  # type: ignore[no-any-return]
-
-
-def _are_close(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and torch.allclose(a, b, rtol=0.0, atol=_CLOSE)

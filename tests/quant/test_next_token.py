@@ -63,7 +63,7 @@ def test_every_token_is_read_once_but_for_one_check(name: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "read"),
     [
-        ("forgets", [1, 1, 2, 3, 4, 5]),
+        ("forgets", [1, 1, 2, 2, 3, 4, 5]),  # some texts to see it, then all
         ("fails", [1, 1, 2, 3, 4, 5]),
         ("keeps nothing", [1, 2, 3, 4, 5]),
     ],
@@ -72,6 +72,18 @@ def test_where_keeping_does_not_work_all_is_read_again(fault: str, read: list[in
     model = Remembers(fault=fault)
     assert _greedy(model, 5).tolist() == [[1, 1, 2, 4, 8, 16], [5, 5, 10, 20, 8, 16]]
     assert model.read == read
+
+
+def test_the_check_reads_some_texts_again() -> None:
+    model, ids = tiny_gpt2(), torch.arange(40).view(20, 2)
+    texts: list[int] = []
+    model.transformer.wte.register_forward_pre_hook(lambda _, args: texts.append(len(args[0])))
+    reader = NextToken(model)
+    with torch.no_grad():
+        found = [reader.logits(ids[:, :n]) for n in (1, 2)]
+        assert texts == [20, 20, 8]
+        whole = model(input_ids=ids).logits
+    torch.testing.assert_close(torch.stack(found, 1), whole)  # type: ignore[arg-type]
 
 
 def test_a_transformer_reads_one_token_at_a_time_and_answers_for_the_last_alone() -> None:

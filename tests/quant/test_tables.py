@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from fhe_fx.ir.build import elementwise
 from fhe_fx.ir.ops import TABULATED
-from fhe_fx.quant.tables import Tables, build_tables
+from fhe_fx.quant.tables import Tables, build_tables, distinct_rows
 
 BITS = 4
 SLOT = 0.25
@@ -80,3 +81,20 @@ def test_a_tabulated_value_is_the_mean_that_its_own_table_holds() -> None:
     # The variance of exp over a slot, in parts of its square: slot^2 / 12 to first order.
     more = (without / outer - 1)[8:]
     assert float((more / (SLOT**2 / 12) - 1).abs().max()) < 0.05
+
+
+def test_distinct_rows_are_those_of_a_sort_of_whole_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randint(-(2**40), 2**40, (7, 16), generator=generator)
+    many = few[torch.randint(7, (500,), generator=generator)]
+    for rows in (many, few, few[:1], torch.zeros(5, 4, dtype=torch.int64), many[:, :1]):
+        expected = torch.unique(rows, dim=0, return_inverse=True)
+        assert all(map(torch.equal, distinct_rows(rows), expected))
+
+
+def test_rows_of_one_sum_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.tensor([[1, 2], [2, 1], [1, 2]])
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.ones(2, dtype=torch.int64))
+    distinct, which = distinct_rows(rows)
+    assert distinct.tolist() == [[1, 2], [2, 1]]
+    assert which.tolist() == [0, 1, 0]
