@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fhe_fx.backends import get_backend
+from fhe_fx.backends import facts_by
 from fhe_fx.capture import (
     capture,
     clear_names,
@@ -392,19 +392,13 @@ def report(model: nn.Module, *, backend: str | None = None) -> Report:
 
     Raises:
         TargetError: if the model has no encrypted part.
-        BackendError: if there is no such backend.
+        BackendError: if there is no such backend, or it fails.
     """
     parts = [(part, len(s.parts) > 1) for s in stand_ins(model) for part in s.parts]
     encrypted_modules(model)
-    compiler = get_backend(backend) if backend is not None else None
+    regions = [part.region for part, _ in parts]
     return report_on(
-        [
-            (
-                part.region.program,
-                compiler.compile(part.region.program).facts if compiler else part.region.facts,
-            )
-            for part, _ in parts
-        ],
+        [(r.program, facts_by(backend, r.program) if backend else r.facts) for r in regions],
         [part.region.tokens if has_others else None for part, has_others in parts],
     )
 

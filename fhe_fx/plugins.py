@@ -8,12 +8,13 @@ A plugin that fails is reported once, by name, and changes nothing; all others w
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = [
     "BACKENDS",
@@ -61,17 +62,26 @@ class Fault:
 _tried: set[tuple[str, str, str]] = set()
 _faults: list[Fault] = []
 _providers: dict[Any, Plugin] = {}
+_registries: list[Any] = []
+_loading: list[list[Any]] = []
+"""The content of every registry before each plugin that is being loaded, the last one innermost."""
+C = TypeVar("C", dict[Any, Any], set[Any])
 
 
-def load(
-    group: str, register: Callable[[Any], None], restore: Callable[[], None] = lambda: None
-) -> None:
+def registry(content: C) -> C:
+    """Return a dictionary or set that plugins add to: it loses what a failed one had added."""
+    _registries.append(content)
+    for before in _loading:  # it begins while a plugin is loaded
+        before.append(copy.copy(content))
+    return content
+
+
+def load(group: str, register: Callable[[Any], None] = lambda found: None) -> None:
     """Load the plugins of a group that were not tried before.
 
     Args:
         group: the entry point group.
         register: called with what each entry point names; raises if it cannot be taken.
-        restore: called after a failure, to undo what the plugin did before it failed.
 
     Warns:
         UserWarning: for each plugin that fails, once.
@@ -82,16 +92,41 @@ def load(
             continue
         _tried.add(key)
         plugin = _plugin(group, entry)
+        before = [copy.copy(r) for r in _registries]
+        _loading.append(before)
         try:
             found = entry.load()
             register(found)
         except (Exception, SystemExit) as error:  # whatever foreign code does, the others work
-            restore()
+            for held, content in zip(_registries, before, strict=True):
+                held.clear()
+                held.update(content)
             reason = (str(error).strip() or "no message").splitlines()[0]
             _faults.append(Fault(plugin, f"{type(error).__name__}: {reason}"))
             warnings.warn(str(_faults[-1]), UserWarning, stacklevel=3)
         else:
-            _providers[found] = plugin
+            _providers[_key(found)] = plugin
+            # What one plugin loads while it is loaded stays, also if it fails itself.
+            for outer in _loading[:-1]:
+                for kept, held, known in zip(outer, _registries, before, strict=True):
+                    kept.update(_added(held, known))
+        finally:
+            _loading.pop()
+
+
+def _added(held: C, known: C) -> C:
+    if isinstance(held, dict):
+        return {k: v for k, v in held.items() if k not in known}
+    return held - known
+
+
+def _key(found: Any) -> Any:
+    """Return what a plugin's object is known by: itself, or where it is if it has no hash."""
+    try:
+        hash(found)
+    except TypeError:
+        return id(found)
+    return found
 
 
 @functools.cache
@@ -118,4 +153,4 @@ def loaded() -> list[Plugin]:
 
 def provider(found: Any) -> Plugin | None:
     """Return the plugin that an object came from, or None if it is not a plugin's."""
-    return _providers.get(found)
+    return _providers.get(_key(found))

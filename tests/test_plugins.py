@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from fhe_fx import plugins
-from fhe_fx.backends import backend_names, get_backend, register_backend
+from fhe_fx.backends import backend_names, facts_by, get_backend, register_backend
 from fhe_fx.backends import registry as backend_registry
 from fhe_fx.errors import BackendError, PassError
 from fhe_fx.ir import Program
 from fhe_fx.passes import Pass, Pipeline, base, get_pass, registered
 from fhe_fx.passes.hoist_maps import HoistMaps
 from fhe_fx.passes.lowerings import LOWERINGS, register_lowering
-from fhe_fx.passes.lowerings.registry import load_lowerings
+from fhe_fx.passes.lowerings.registry import is_inexact, load_lowerings
 from tests.passes.test_base import small
 
 Install = Callable[..., None]
@@ -177,6 +177,53 @@ def test_a_name_that_is_taken_is_refused_even_for_a_class_of_the_same_name(
     assert get_pass("hoist-maps") is HoistMaps
 
 
+def test_a_pass_that_its_module_registered_goes_with_it(install: Install) -> None:
+    def half(module: Any) -> None:
+        base.register(Shifts)
+        register_lowering(torch.ops.aten.special_i0.default, is_exact=False)(mine)
+        register_backend(Free)
+        fails(module)
+
+    def mine(b: Any, x: Any) -> Any:
+        return x
+
+    install(plugins.PASSES, "half", "bad_package", half)
+    install(plugins.PASSES, "denies", "good_package", offers(Denies))
+    with pytest.warns(UserWarning, match="bad-package 1.2 is left out"):
+        found = registered()
+    assert "shifts" not in found
+    assert found["denies"] is Denies
+    assert torch.ops.aten.special_i0.default not in LOWERINGS
+    assert not is_inexact(mine)
+    assert "free" not in backend_names()
+
+
+def test_what_a_plugin_loads_before_it_fails_stays(install: Install) -> None:
+    def asks(module: Any) -> None:
+        base.register(Shifts)
+        assert get_pass("denies") is Denies
+        fails(module)
+
+    install(plugins.PASSES, "asks", "bad_package", asks)
+    install(plugins.PASSES, "denies", "good_package", offers(Denies))
+    with pytest.warns(UserWarning, match="bad-package 1.2 is left out"):
+        found = registered()
+    assert found["denies"] is Denies
+    assert "shifts" not in found
+    assert str(plugins.provider(Denies)) == "good-package 1.2"
+
+
+def test_entry_points_that_name_something_else(install: Install) -> None:
+    install(plugins.PASSES, "number", "bad_package", offers(7))
+    install(plugins.PASSES, "nothing", "bad_package_2", lambda module: None)
+    with pytest.warns(UserWarning, match="is left out") as told:
+        registered()
+    assert [str(w.message).partition("failed. ")[2] for w in told] == [
+        "PassError: 7 is not a pass. Derive a class from fhe_fx.passes.Pass.",
+        "AttributeError: module 'bad_package_2' has no attribute 'found'",
+    ]
+
+
 def test_lowerings_that_fail_half_way_leave_nothing(install: Install) -> None:
     ops = torch.ops.aten
 
@@ -249,6 +296,45 @@ def test_a_backend_of_a_taken_name_and_one_that_is_none(install: Install) -> Non
         register_backend(int)
 
 
+class Costs(Free):
+    """Offers what a test wants it to."""
+
+    circuit: Any = None
+
+    def compile(self, program: Program) -> Any:
+        if isinstance(self.circuit, BaseException):
+            raise self.circuit
+        return self.circuit
+
+
+def test_a_backend_that_fails_is_named(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(plugins.BACKENDS, "free", "good_package", offers(Costs))
+    begin, facts = "The backend 'free' of good-package 1.2", types.SimpleNamespace
+    asked = "a circuit's facts are fhe_fx.backends.CircuitFacts, or None."
+    for circuit, message in (
+        (ZeroDivisionError("by zero"), f"{begin} failed on region: ZeroDivisionError: by zero"),
+        (SystemExit("no licence"), f"{begin} failed on region: SystemExit: no licence"),
+        (
+            None,
+            f"{begin} failed on region: AttributeError: 'NoneType' object has no attribute 'facts'",
+        ),
+        (
+            facts(facts={"look_ups": 3}),
+            f"{begin} says what region costs by a dict; {asked}",
+        ),
+        (BackendError("too wide"), "too wide"),
+    ):
+        monkeypatch.setattr(Costs, "circuit", circuit)
+        with pytest.raises(BackendError) as error:
+            facts_by("free", small())
+        assert str(error.value) == message
+    monkeypatch.setattr(Costs, "circuit", facts(facts=None))
+    assert facts_by("free", small()) is None
+    monkeypatch.setattr(Costs, "__init__", lambda self, device: None)
+    with pytest.raises(BackendError, match=rf"^{begin} cannot be made: TypeError: "):
+        get_backend("free")
+
+
 # Running --------------------------------------------------------------------------------------
 
 
@@ -317,7 +403,8 @@ def test_one_that_leaves_an_operator_what_it_does_not_take(install: Install) -> 
 
 def test_one_that_raises(install: Install) -> None:
     assert run(install, Stumbles) == (
-        "Pass stumbles() of good-package 1.2 failed: 'no such node'\n  passes before it: hoist-maps"
+        "Pass stumbles() of good-package 1.2 failed: KeyError: 'no such node'\n"
+        "  passes before it: hoist-maps"
     )
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fhe_fx import plugins
-from fhe_fx.backends.base import Backend
-from fhe_fx.errors import BackendError, did_you_mean
+from fhe_fx.backends.base import Backend, CircuitFacts
+from fhe_fx.errors import BackendError, FheFxError, did_you_mean
+from fhe_fx.ir.program import Program
 
-__all__ = ["backend_names", "get_backend", "register_backend"]
+__all__ = ["backend_names", "facts_by", "get_backend", "register_backend"]
 
 B = TypeVar("B", bound=Callable[[], Any])
 
@@ -26,7 +27,9 @@ def _concrete() -> Backend:
     return ConcreteBackend()
 
 
-_MAKERS: dict[str, Callable[[], Any]] = {"reference": _reference, "concrete": _concrete}
+_MAKERS: dict[str, Callable[[], Any]] = plugins.registry(
+    {"reference": _reference, "concrete": _concrete}
+)
 
 
 def register_backend(maker: B) -> B:
@@ -62,12 +65,47 @@ def get_backend(name: str) -> Backend:
     """Return a backend by name.
 
     Raises:
-        BackendError: if there is none; close names are suggested.
+        BackendError: if there is none, and close names are suggested, or it cannot be made.
     """
     if name not in (known := backend_names()):
         for fault in plugins.faults(plugins.BACKENDS):
             if fault.plugin.name == name:
                 raise BackendError(f"There is no backend {name!r}. {fault}")
-        raise BackendError(f"There is no backend {name!r}.{did_you_mean(name, known)}")
-    made: Backend = _MAKERS[name]()
+        near = did_you_mean(name, known) or f" There are {', '.join(known)}."
+        raise BackendError(f"There is no backend {name!r}.{near}")
+    try:
+        made: Backend = _MAKERS[name]()
+    except (Exception, SystemExit) as error:  # whatever foreign code does
+        raise _failure(name, "cannot be made", error) from error
     return made
+
+
+def facts_by(name: str, program: Program) -> CircuitFacts | None:
+    """Compile a program with a backend, and return what it says that the circuit costs.
+
+    Raises:
+        BackendError: if there is no such backend, or it fails; names its package.
+        FheFxError: as the backend raises it, such as BitWidthError.
+    """
+    backend = get_backend(name)
+    try:
+        facts: Any = backend.compile(program).facts
+    except FheFxError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _failure(name, f"failed on {program.name}", error) from error
+    if facts is None or isinstance(facts, CircuitFacts):
+        return facts
+    raise BackendError(
+        f"{_named(name)} says what {program.name} costs by a {type(facts).__name__}; a circuit's "
+        f"facts are fhe_fx.backends.CircuitFacts, or None."
+    )
+
+
+def _failure(name: str, what: str, error: BaseException) -> BackendError:
+    return BackendError(f"{_named(name)} {what}: {type(error).__name__}: {error}")
+
+
+def _named(name: str) -> str:
+    plugin = plugins.provider(_MAKERS[name])
+    return f"The backend {name!r} of {plugin}" if plugin else f"The backend {name!r}"

@@ -28,6 +28,7 @@ from fhe_fx.cli.options import (
     TargetAgreement,
     Tokens,
     budget_of,
+    check_places,
 )
 from fhe_fx.cli.talk import print_json, print_text, progress, say, size_of
 from fhe_fx.errors import OptionsError
@@ -94,6 +95,7 @@ def graph(
         raise OptionsError("Give what to write: --html out.html, --svg out.svg, or both.")
     if level not in LEVELS:
         raise OptionsError(f"--level {level!r} is not one of {', '.join(LEVELS)}.")
+    check_places(html=html, svg=svg)
     if submodule is None and (Path(source) / MANIFEST).is_file():
         snapshots = [read_drawn(source)]
     elif submodule is None:

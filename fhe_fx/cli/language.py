@@ -26,6 +26,7 @@ from fhe_fx.cli.options import (
     Submodule,
     TargetAgreement,
     budget_of,
+    check_places,
     head_numbers,
     lengths_of,
     options_of,
@@ -307,9 +308,7 @@ def inspect(
         raise OptionsError(
             f"--mode {mode!r} is not one of {', '.join(MODES)}.{did_you_mean(mode, MODES)}"
         )
-    for option, place in (("html", html), ("graph", graph)):
-        if place is not None and not place.parent.is_dir():
-            raise OptionsError(f"--{option} {place}: there is no directory {place.parent}.")
+    check_places(html=html, graph=graph)
     with progress("loading the model") as show:
         named = language_model(model, seed)
         assert named.module is not None

@@ -33,6 +33,7 @@ __all__ = [
     "TargetAgreement",
     "Tokens",
     "budget_of",
+    "check_places",
     "head_numbers",
     "lengths_of",
     "options_of",
@@ -176,6 +177,19 @@ def _rule(text: str) -> tuple[str, int]:
     if not pattern or not bits.isdecimal():
         raise OptionsError(f"--rule {text!r} is not a pattern and a width. Try --rule exp=8.")
     return pattern, int(bits)
+
+
+def check_places(**places: Path | None) -> None:
+    """Check, before any work, that files can be written where options say.
+
+    Raises:
+        OptionsError: names an option and the directory that there is not.
+    """
+    for option, place in places.items():
+        if place is not None and not place.parent.is_dir():
+            raise OptionsError(f"--{option} {place}: there is no directory {place.parent}.")
+        if place is not None and place.is_dir():
+            raise OptionsError(f"--{option} {place} is a directory; name a file in it.")
 
 
 def options_of(n_bits: int, seed: int, budget: Mapping[str, Any]) -> Options:

@@ -59,6 +59,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Say what each circuit costs, look-up by look-up."""
+    from fhe_fx.backends import get_backend
     from fhe_fx.export import MANIFEST
     from fhe_fx.report import Report
 
@@ -70,6 +71,7 @@ def report(
             f"{model} holds no {MANIFEST}, so it is read as a MODEL; then give --submodule too."
         )
     else:
+        get_backend(backend)  # known before the work begins, or an error
         with progress("loading and lowering the model") as show:
             lengths = lengths_of(tokens) if tokens else None
             regions, *_ = lowered(
@@ -88,8 +90,8 @@ def report(
 
 def _facts(region: Region, backend: str) -> CircuitFacts | None:
     """Compile a region, and return what its compiler says it costs."""
-    from fhe_fx.backends import get_backend
+    from fhe_fx.backends import facts_by
 
     if backend == "concrete":
         return region.circuit().facts  # which knows what to advise where it fails
-    return get_backend(backend).compile(region.program).facts
+    return facts_by(backend, region.program)

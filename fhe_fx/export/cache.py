@@ -77,6 +77,10 @@ class Cache:
     most_bytes: int = MOST_BYTES
     """What the entries may take together."""
 
+    def __post_init__(self) -> None:
+        """Take a path that is written as text, too."""
+        object.__setattr__(self, "directory", Path(self.directory))
+
     def lowered(self, captured: Program, pipeline: Pipeline) -> Program:
         """Return a region lowered by a pipeline, which is run unless that was done before.
 

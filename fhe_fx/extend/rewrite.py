@@ -121,7 +121,28 @@ class Rewrite(Pass):
         key = (type(self), self, name, shapes)
         if key not in _PATTERNS:
             _PATTERNS[key] = _written(getattr(self, name), shapes)
+            if name == "before":
+                self._check_pattern(_PATTERNS[key])
         return _PATTERNS[key]
+
+    def _check_pattern(self, pattern: Program) -> None:
+        """Refuse what would be found everywhere, or nowhere.
+
+        Raises:
+            PassError: if `before` computes nothing, or leaves an argument unread.
+        """
+        if pattern.results[0] in pattern.placeholders:
+            raise PassError(
+                f"{self.name}: before() returns an argument as it is; there has to be an operator "
+                f"to look for."
+            )
+        names = list(inspect.signature(self.before).parameters)
+        for name, node in zip(names, pattern.placeholders, strict=True):
+            if not node.users:
+                raise PassError(
+                    f"{self.name}: before() does not read its argument {name}, so nothing says "
+                    f"which tensor that is. Leave it out."
+                )
 
     def _replace(self, program: Program, match: Match) -> None:
         shapes = tuple(d.shape_of(n) for n in match.inputs)
@@ -150,7 +171,8 @@ class _Function(nn.Module):
 
 def _written(function: Any, shapes: Shapes) -> Program:
     """Capture a function and normalize it, as a model is."""
-    program = capture(_Function(function).eval(), [torch.ones(s) for s in shapes], {}, [])
+    kind: Any = type(function.__qualname__, (_Function,), {})  # messages give its name
+    program = capture(kind(function).eval(), [torch.ones(s) for s in shapes], {}, [])
     program.name = function.__qualname__
     Pipeline((Normalize(),)).run(program)
     if len(program.results) != 1:

@@ -7,28 +7,21 @@ and after each pass verifies the graph and that the pass told the truth about ha
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-import torch
-from torch import Tensor
-
 from fhe_fx import plugins
-from fhe_fx.errors import FheFxError, PassError, did_you_mean
-from fhe_fx.ir import dialect as d
-from fhe_fx.ir.equivalence import first_difference
-from fhe_fx.ir.printer import format_node, format_program
+from fhe_fx.errors import FheFxError, InvariantError, PassError, did_you_mean
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.snapshot import snapshot
 from fhe_fx.ir.verify import verify
+from fhe_fx.passes.guard import Held, failure, is_foreign
 from fhe_fx.passes.lowerings.registry import load_lowerings
 
 __all__ = ["Pass", "PassRecord", "Pipeline", "get_pass", "register", "registered"]
@@ -78,7 +71,8 @@ class Pass:
         return f"{does} {preserves[0].rstrip(';.')}." if preserves else does
 
 
-_REGISTRY: dict[str, type[Pass]] = {}
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_REGISTRY: dict[str, type[Pass]] = plugins.registry({})
 REGISTRATION_CHECKS: list[Callable[[type[Pass]], None]] = []
 """What `register` does besides, in tests: see `fhe_fx.testing.laws_at_registration`."""
 P = TypeVar("P", bound=type[Pass])
@@ -88,15 +82,32 @@ def register(cls: P) -> P:
     """Make a pass known by its name.
 
     Raises:
-        PassError: if the name is taken, or the class is not a dataclass of its own.
+        PassError: if the name is taken, or no name, or the class is not a frozen dataclass of its
+            own with a `run`.
     """
-    if "__dataclass_params__" not in vars(cls):
-        raise PassError(f"{cls.__name__} is not a dataclass. Put @dataclass(frozen=True) on it.")
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+        raise PassError(f"{cls!r} is not a pass. Derive a class from fhe_fx.passes.Pass.")
+    made = vars(cls).get("__dataclass_params__")
+    if made is None or not made.frozen:
+        is_none = "not a dataclass" if made is None else "not frozen"
+        raise PassError(f"{cls.__name__} is {is_none}. Put @dataclass(frozen=True) on it.")
     if not isinstance(getattr(cls, "name", None), str):
         raise PassError(f"{cls.__name__} has no name. Set name: ClassVar[str].")
+    if not _NAME.fullmatch(cls.name):
+        raise PassError(
+            f"{cls.__name__} has the name {cls.name!r}; a pipeline's text needs letters, digits, "
+            f"'-', '_' and '.' alone, as in 'cheaper-softmax'."
+        )
     known = _REGISTRY.get(cls.name, cls)
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise PassError(f"A pass named {cls.name!r} exists: {known.__qualname__}.")
+    for listed in ("requires", "gives", "breaks"):
+        if not isinstance(found := getattr(cls, listed), (set, frozenset)):
+            raise PassError(
+                f"{cls.__name__}.{listed} is {found!r}; give a frozenset of properties."
+            )
+    if cls.run is Pass.run:
+        raise PassError(f"{cls.__name__} has no run(self, program).")
     for check in REGISTRATION_CHECKS:
         check(cls)
     _REGISTRY[cls.name] = cls
@@ -231,30 +242,24 @@ class Pipeline:
             _start_dumps(dump_dir, program)
         noted = len(program.notes)
         for number, p in enumerate(self.passes):
-            start, constants = time.perf_counter(), _constants(program)
-            given = _copy(program) if p.is_exact and _is_foreign(p) else None
+            start, held = time.perf_counter(), Held(p, program, text)
             try:
                 said = p.run(program)
+                held.check_graph(program)
                 program.clean()
                 program.properties = (program.properties - p.breaks) | p.gives
                 verify(program)
-            except FheFxError as error:
-                if not isinstance(error, PassError) and type(error).__name__ != "InvariantError":
+            except (PassError, InvariantError) as error:
+                raise failure(p, [r.name for r in records], error) from error
+            except (Exception, SystemExit) as error:  # whatever foreign code does
+                if isinstance(error, FheFxError) and not is_foreign(p):
                     raise
-                raise self._failure(p, records, error) from error
+                raise failure(p, [r.name for r in records], error) from error
+            text = held.check_answer(said, program)
+            try:
+                held.check_meaning(program)
             except Exception as error:
-                raise self._failure(p, records, error) from error
-            after = str(program)
-            has_changed = after != text or (said and not _same(constants, _constants(program)))
-            if said != has_changed:
-                raise PassError(
-                    f"{_named(p)} returned {said}, but the printed program "
-                    f"{'changed' if after != text else 'did not change'}"
-                    f"{_first_change(text, after, program)}"
-                )
-            if given is not None:
-                self._check_meaning(p, records, given, program)
-            text = after
+                raise failure(p, [r.name for r in records], error) from error
             if said and dump_dir is not None:
                 _dump(dump_dir, number + 1, p.text(), program, noted)
                 noted = len(program.notes)
@@ -264,44 +269,6 @@ class Pipeline:
             if on_pass is not None:
                 on_pass(records[-1])
         return records
-
-    def _check_meaning(
-        self, p: Pass, done: list[PassRecord], before: Program, after: Program
-    ) -> None:
-        """Run the graph before and after a pass that is not ours, and states that it is exact."""
-        found = first_difference(before, after, after.samples[:CHECKED_SAMPLES])
-        if found is not None:
-            error = PassError(
-                f"the graph no longer computes the same: {found}\n  If that is meant, set "
-                f"is_exact = False and let the docstring say what changes"
-            )
-            raise self._failure(p, done, error)
-
-    @staticmethod
-    def _failure(p: Pass, done: list[PassRecord], error: Exception) -> PassError:
-        node = getattr(error, "node", None)
-        where = ""
-        if node is not None:
-            where = f"\n  at {node.name}, {node.meta.get('module_path', '')}"
-        before = ", ".join(r.name for r in done) or "none"
-        options = ", ".join(f"{f.name}={getattr(p, f.name)!r}" for f in dataclasses.fields(p))
-        plugin = plugins.provider(type(p))
-        whose = f" of {plugin}" if plugin else ""
-        return PassError(
-            f"Pass {p.name}({options}){whose} failed: {error}{where}\n  passes before it: {before}"
-        )
-
-
-def _constants(program: Program) -> list[Tensor]:
-    return [d.constant(n) for n in program.graph.nodes if n.op == "get_attr"]
-
-
-def _same(before: list[Tensor], after: list[Tensor]) -> bool:
-    """Say whether constants are equal; the print gives only kind and shape of large ones."""
-    return len(before) == len(after) and all(
-        a is b or (a.dtype == b.dtype and torch.equal(a, b))
-        for a, b in zip(before, after, strict=True)
-    )
 
 
 def _start_dumps(directory: Path, program: Program) -> None:
@@ -320,44 +287,3 @@ def _dump(directory: Path, number: int, text: str, program: Program, noted: int)
     data = {"pass": text, "number": number, "notes": notes, **snapshot(program)}
     stem.with_name(f"{stem.name}.txt").write_text(f"{program}\n", encoding="utf-8")
     stem.with_name(f"{stem.name}.json").write_text(json.dumps(data), encoding="utf-8")
-
-
-CHECKED_SAMPLES = 2
-"""Calibration samples on which a pass that is not ours is compared with the graph before it."""
-
-
-def _is_foreign(p: Pass) -> bool:
-    return not type(p).__module__.startswith("fhe_fx.")
-
-
-def _copy(program: Program) -> Program:
-    """Copy what is needed to run a program later as it is now."""
-    return Program(
-        copy.deepcopy(program.module),
-        name=program.name,
-        options=program.options,
-        properties=set(program.properties),
-        sources=dict(program.sources),
-    )
-
-
-def _named(p: Pass) -> str:
-    plugin = plugins.provider(type(p))
-    return f"{p.name} of {plugin}" if plugin else p.name
-
-
-def _first_change(before: str, after: str, program: Program) -> str:
-    """Name the first node whose printed line changed, and quote it as it was and as it is."""
-    lines = zip_longest(before.split("\n"), after.split("\n"), fillvalue="  (nothing)")
-    for a, b in lines:
-        if a != b:
-            printed_as = {n.name: format_node(n)[0] for n in program.encrypted()}
-            named = [n for n, text in printed_as.items() if b.strip().startswith(text)]
-            where = f", first at node {named[0]}" if named else ""
-            return f"{where}.\n  before:{a}\n  after: {b}"
-    return "."
-
-
-def printed(program: Program, node: object) -> str:
-    """Return the printed lines around one node, for messages."""
-    return format_program(program, {node})  # type: ignore[arg-type]

@@ -122,13 +122,15 @@ def assert_law(
         n: how many random inputs.
 
     Raises:
-        AssertionError: if they differ by more, or in shape.
+        AssertionError: if they differ by more, or in shape, or one fails.
     """
     error = rewrite.law_error if error is None else error
     shapes = shapes or rewrite.shapes()
+    if not shapes:
+        raise AssertionError(f"{rewrite.name}: before() takes no argument, so it finds nothing.")
     samples = list(zip(*[seeded(s, n, seed=i) for i, s in enumerate(shapes)], strict=True))
-    expected = [rewrite.before(*sample) for sample in samples]
-    found = [rewrite.after(*sample) for sample in samples]
+    expected = _computed(rewrite, "before", samples)
+    found = _computed(rewrite, "after", samples)
     if expected[0].shape != found[0].shape:
         raise AssertionError(
             f"{rewrite.name}: before() has the shape {list(expected[0].shape)}, after() "
@@ -141,6 +143,24 @@ def assert_law(
             f"{rewrite.name}: after() differs from before() by {relative:.3g} of the largest value "
             f"on {n} random inputs; {error:g} is allowed."
         )
+
+
+def _computed(rewrite: Rewrite, name: str, samples: Sequence[Sample]) -> list[Tensor]:
+    """Return what one function of a rewrite gives, which has to be a tensor."""
+    given = ", ".join(str(list(x.shape)) for x in samples[0])
+    try:
+        found = [getattr(rewrite, name)(*sample) for sample in samples]
+    except Exception as error:  # of a function that may be anybody's
+        raise AssertionError(
+            f"{rewrite.name}: {name}() fails on inputs of shape {given}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    kind = type(found[0])
+    if not issubclass(kind, Tensor):
+        raise AssertionError(  # noqa: TRY004 -- a law that does not hold
+            f"{rewrite.name}: {name}() returns a {kind.__name__}; one tensor is expected."
+        )
+    return found
 
 
 @contextlib.contextmanager

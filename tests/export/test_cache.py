@@ -274,3 +274,7 @@ def test_other_weights_are_lowered_anew(tmp_path: Path) -> None:
             model.transformer.h[0].attn.c_attn.weight.mul_(factor)
         fhe_fx.encrypt_submodule(model, "h.0.attn", max_tokens=4, options=FEW, cache=cache)
     assert [e.what for e in cache.entries()].count("transformer.h.0.attn") == 2
+
+
+def test_its_directory_may_be_written_as_text(tmp_path: Path) -> None:
+    assert Cache(str(tmp_path)) == Cache(tmp_path)  # type: ignore[arg-type]

@@ -229,3 +229,50 @@ def test_in_a_whole_lowering() -> None:
         expected = torch.cat([model(x) for x in unseen])
         found = torch.cat([encrypted(x) for x in unseen])
     assert float((found - expected).norm() / expected.norm()) < 0.1  # of quantization
+
+
+def _of(before: Any, after: Any) -> Rewrite:
+    content = {"name": "mine", "before": before, "after": after}
+    made: Any = dataclass(frozen=True)(type("Mine", (Rewrite,), content))
+    return made()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        (lambda self, x: x, "before() returns an argument as it is; there has to be an operator"),
+        (lambda self, x, y: F.gelu(x), "before() does not read its argument y, so nothing says"),
+        (lambda self, x: 1 / 0, "torch.export cannot capture <lambda>: division by zero"),
+    ],
+)
+def test_a_pattern_that_finds_nothing_or_all(before: Any, message: str) -> None:
+    program = program_from(F.gelu, [(x,) for x in seeded((1, 3, 4))])
+    with pytest.raises(PassError) as error:
+        Pipeline((Normalize(), _of(before, lambda self, *x: x[0]))).run(program)
+    assert message in str(error.value)
+    assert str(error.value).startswith("Pass mine() failed: ")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            lambda self, x: F.gelu(x),
+            lambda self, x, y: x,
+            r"^mine: after\(\) fails on inputs of shape \[1, 3, 4\]: TypeError: .*missing 1",
+        ),
+        (
+            lambda self, x: (x, x),
+            lambda self, x: x,
+            r"^mine: before\(\) returns a tuple; one tensor is expected\.$",
+        ),
+        (
+            lambda self: torch.ones(3),
+            lambda self: torch.ones(3),
+            r"^mine: before\(\) takes no argument, so it finds nothing\.$",
+        ),
+    ],
+)
+def test_a_law_of_what_is_no_function_of_tensors(before: Any, after: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        assert_law(_of(before, after))

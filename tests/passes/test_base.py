@@ -108,7 +108,7 @@ def test_a_failure_names_the_pass_its_options_and_those_before() -> None:
     with pytest.raises(PassError) as error:
         Pipeline((HoistMaps(), FuseMaps(), Fails(limit=4))).run(small())
     assert str(error.value) == (
-        "Pass fails(limit=4) failed: no room\n  passes before it: hoist-maps, fuse-maps"
+        "Pass fails(limit=4) failed: ValueError: no room\n  passes before it: hoist-maps, fuse-maps"
     )
     assert isinstance(error.value.__cause__, ValueError)
 

@@ -149,3 +149,40 @@ def test_one_that_returns_what_the_operator_does_not(rule: Callable[..., Any], s
     message = refused(rule)
     assert HEAD.match(message)
     assert said in message
+
+
+def test_what_custom_op_made_is_an_operator() -> None:
+    def rule(b: Any, x: Any) -> Any:
+        return b.scale(x, 2.0)
+
+    register_lowering(twice)(rule)
+    assert LOWERINGS[TWICE] is rule
+    assert "scale(%0, 2)" in str(normalized(rule))
+
+
+@pytest.mark.parametrize("op", [torch.erfinv, "aten.erfinv", None, torch.nn.GELU])
+def test_what_is_no_operator(op: Any) -> None:
+    with pytest.raises(PassError) as error:
+        register_lowering(op)
+    assert str(error.value) == (
+        f"{op!r} is no operator of a captured graph. Give one of torch.ops, as in "
+        f"torch.ops.aten.gelu.default; `fhe_fx.trace(model, example).graph` lists a model's."
+    )
+
+
+def test_a_rule_that_is_none_and_no_operator_at_all() -> None:
+    rule: Any = 5
+    with pytest.raises(PassError, match=r"^5 is no lowering: it cannot be called\.$"):
+        register_lowering(TWICE)(rule)
+    with pytest.raises(PassError, match=r"^register_lowering is given no operator\. Name it: "):
+        register_lowering()
+
+
+def test_rules_that_leave_and_nodes_of_nowhere() -> None:
+    def leaves(b: Any, x: Any) -> Any:
+        raise SystemExit("no licence")
+
+    with pytest.raises(PassError, match=r"leaves of fhe_fx_tests.twice.default .*SystemExit: no"):
+        normalized(leaves)
+    with pytest.raises(PassError, match=r"returned a node of another graph as result 0; a rule"):
+        normalized(lambda b, x: torch.fx.Graph().placeholder("x"), replace=True)

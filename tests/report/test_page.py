@@ -193,8 +193,8 @@ def test_what_differs_is_said(snapshots: Any) -> None:
     [
         (None, "holds no dump of a lowering. Make one with FHE_FX_DUMP="),
         ("{", "is not JSON: "),
-        ("[]", "is not a snapshot of a program."),
-        ('{"pass": "x"}', "is not a snapshot of a program."),
+        ("[]", "is not a snapshot of a program: it is a list, not an object."),
+        ('{"pass": "x"}', "is not a snapshot of a program: 'number' is None, not of int."),
     ],
 )
 def test_what_is_no_dump_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
@@ -202,6 +202,34 @@ def test_what_is_no_dump_is_refused(content: str | None, message: str, tmp_path:
         (tmp_path / "00-given.json").write_text(content)
     with pytest.raises(InputError, match=re.escape(message)):
         read_snapshots(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nodes": 3}, "'nodes' is 3, not of list."),
+        ({"nodes": [{"a": 1}]}, "node 0: 'name' is None, not of str."),
+        ({"nodes": []}, "there is no node 'shift_default"),
+        ({"notes": None}, "'notes' is None, not of list."),
+        ({"results": ["nowhere"]}, "there is no node 'nowhere'."),
+    ],
+)
+def test_an_altered_dump_is_refused(
+    snapshots: Any, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "00-given.json").write_text(json.dumps({**snapshots[-1], **change}))
+    with pytest.raises(InputError, match=re.escape(f"is not a snapshot of a program: {message}")):
+        read_snapshots(tmp_path)
+
+
+def test_places_are_checked_before_the_work(tmp_path: Path) -> None:
+    model = ("no-such-model", "--submodule", "h.0.attn")
+    result = invoke("graph", *model, "--html", tmp_path / "none" / "x.html")
+    assert result.stderr == (
+        f"error: --html {tmp_path}/none/x.html: there is no directory {tmp_path}/none.\n"
+    )
+    result = invoke("graph", *model, "--svg", tmp_path)
+    assert result.stderr == f"error: --svg {tmp_path} is a directory; name a file in it.\n"
 
 
 def test_nothing_to_write_and_an_unknown_level(dump: Path, tmp_path: Path) -> None:

@@ -49,15 +49,16 @@ def checked_call(node: fx.Node, rule: Lowering, call: Callable[[], Any]) -> Any:
         made = call()
     except Unsupported:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PassError(f"{_who(node, rule)} failed: {type(error).__name__}: {error}") from error
     ours = made if isinstance(made, (tuple, list)) else (made,)
     theirs = pytree.tree_leaves(node.meta["val"])
     for number, (found, expected) in enumerate(zip(ours, theirs, strict=False)):
-        if not isinstance(found, fx.Node):
+        if not isinstance(found, fx.Node) or "val" not in found.meta:
+            kind = "node of another graph" if isinstance(found, fx.Node) else type(found).__name__
             raise PassError(
-                f"{_who(node, rule)} returned a {type(found).__name__} as result {number}; a rule "
-                f"returns nodes, which methods of its Builder make."
+                f"{_who(node, rule)} returned a {kind} as result {number}; a rule returns nodes, "
+                f"which methods of its Builder make."
             )
         if d.shape_of(found) != tuple(expected.shape):
             raise PassError(

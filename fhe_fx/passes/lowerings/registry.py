@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
+from torch._library.custom_ops import CustomOpDef
 
 from fhe_fx import plugins
 from fhe_fx.errors import PassError
@@ -39,9 +40,9 @@ Value = Any
 Lowering = Callable[..., Any]
 F = TypeVar("F", bound=Lowering)
 
-LOWERINGS: dict[object, Lowering] = {}
+LOWERINGS: dict[object, Lowering] = plugins.registry({})
 """The rule of each operator overload."""
-TAKES_CLEAR: set[object] = set()
+TAKES_CLEAR: set[object] = plugins.registry(set())
 """Overloads whose rule tells clear arguments that calls bring from encrypted ones; to all others
 such an argument is encrypted."""
 
@@ -53,7 +54,7 @@ class Unsupported(Exception):  # noqa: N818 -- a reason that normalize collects,
     """Why a rule cannot lower a call."""
 
 
-_INEXACT: set[Lowering] = set()
+_INEXACT: set[Lowering] = plugins.registry(set())
 
 
 def register_lowering(
@@ -64,18 +65,24 @@ def register_lowering(
     A rule that is not part of fhe_fx is compared with its operator on calibration samples.
 
     Args:
-        ops: operator overloads (`torch.ops.aten.add.Tensor`), or packets for all their overloads.
+        ops: operator overloads (`torch.ops.aten.add.Tensor`), packets for all their overloads, or
+            what `torch.library.custom_op` made.
         replace: take the place of a rule that an operator has already.
         takes_clear: whether the rule asks `is_clear` of its arguments; a clear argument that calls
             bring is encrypted for it otherwise.
         is_exact: whether the rule computes what the operator does, up to float rounding.
 
     Raises:
-        PassError: if an operator has a rule of another name, and `replace` is not given.
+        PassError: if an operator has a rule of another name, and `replace` is not given; or what is
+            given is no operator, or no function.
     """
+    if not ops:
+        raise PassError("register_lowering is given no operator. Name it: torch.ops.aten.<name>.")
     overloads = [overload for op in ops for overload in _overloads(op)]
 
     def decorate(rule: F) -> F:
+        if not callable(rule):
+            raise PassError(f"{rule!r} is no lowering: it cannot be called.")
         for op in overloads:
             known = LOWERINGS.get(op, rule)
             if not replace and full_name(known) != full_name(rule):
@@ -95,12 +102,20 @@ def register_lowering(
 def _overloads(op: Any) -> list[Any]:
     if isinstance(op, torch._ops.OpOverloadPacket):
         return [getattr(op, name) for name in op.overloads()]
+    if isinstance(op, CustomOpDef):
+        return [op._opoverload]
+    if not isinstance(op, torch._ops.OpOverload):
+        raise PassError(
+            f"{op!r} is no operator of a captured graph. Give one of torch.ops, as in "
+            f"torch.ops.aten.gelu.default; `fhe_fx.trace(model, example).graph` lists a model's."
+        )
     return [op]
 
 
 def full_name(rule: Lowering) -> str:
     """Return module and name of a rule."""
-    return f"{rule.__module__}.{getattr(rule, '__qualname__', repr(rule))}"
+    module = getattr(rule, "__module__", type(rule).__module__)
+    return f"{module}.{getattr(rule, '__qualname__', repr(rule))}"
 
 
 def is_inexact(rule: Lowering) -> bool:
@@ -113,16 +128,7 @@ def load_lowerings() -> None:
 
     A module that fails leaves no rule behind, and is reported.
     """
-    good = dict(LOWERINGS)
-
-    def accept(module: Any) -> None:
-        good.update(LOWERINGS)
-
-    def restore() -> None:
-        LOWERINGS.clear()
-        LOWERINGS.update(good)
-
-    plugins.load(plugins.LOWERINGS, accept, restore)
+    plugins.load(plugins.LOWERINGS)
 
 
 def is_encrypted(x: object) -> bool:

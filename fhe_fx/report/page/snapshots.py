@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,21 @@ from fhe_fx.errors import InputError
 __all__ = ["read_snapshots"]
 
 _MAX_BYTES = 64 << 20
-_NEEDED = {"pass", "number", "notes", "name", "stage", "results", "nodes"}
+_KINDS: dict[str, type] = {
+    "pass": str,
+    "number": int,
+    "notes": list,
+    "name": str,
+    "stage": str,
+    "results": list,
+    "nodes": list,
+}
+_NODE_KINDS: dict[str, type] = {
+    **dict.fromkeys(("name", "statement", "operator", "kind", "type", "bounds"), str),
+    **dict.fromkeys(("module_path", "source", "made_by"), str),
+    **dict.fromkeys(("shape", "inputs"), list),
+    "look_ups": int,
+}
 
 
 def read_snapshots(directory: Path) -> list[dict[str, Any]]:
@@ -57,6 +72,24 @@ def _read(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON: {error}.") from error
-    if not isinstance(data, dict) or not set(data) >= _NEEDED:
-        raise InputError(f"{file} is not a snapshot of a program.")
-    return data
+    if fault := _fault(data, _KINDS):
+        raise InputError(f"{file} is not a snapshot of a program: {fault}.")
+    for number, node in enumerate(data["nodes"]):
+        if fault := _fault(node, _NODE_KINDS):
+            raise InputError(f"{file} is not a snapshot of a program: node {number}: {fault}.")
+    known = {node["name"] for node in data["nodes"]}
+    read = itertools.chain(data["results"], *(node["inputs"] for node in data["nodes"]))
+    for name in read:
+        if name not in known:
+            raise InputError(f"{file} is not a snapshot of a program: there is no node {name!r}.")
+    return data  # type: ignore[no-any-return]
+
+
+def _fault(data: object, kinds: dict[str, type]) -> str | None:
+    """Say which entry is missing, or of another kind than a snapshot's."""
+    if not isinstance(data, dict):
+        return f"it is a {type(data).__name__}, not an object"
+    for name, kind in kinds.items():
+        if not isinstance(data.get(name), kind):
+            return f"{name!r} is {data.get(name)!r:.40}, not of {kind.__name__}"
+    return None
