@@ -7,7 +7,7 @@ Each circuit is a look-up of inputs, weighted sums of up to 64 of its answers, a
 sums, both behind approximate roundings of six bits, as the passes emit them. Its complexity divided
 by its look-ups is the cost of one. The 2-norm of the weights says how much noise the sums have.
 Only parameters are searched, so that the figures are the same on every machine for one version of
-Concrete; that takes ten minutes. Sizes of keys and ciphertexts stand in the same table.
+Concrete; that takes a quarter of an hour. Sizes of keys and ciphertexts stand in the same table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ P_ERRORS = (
 SHOWN_BITS = (4, 5, 6, 7, 8, 9)
 SHOWN_NORM = 3
 SHOWN = (0.8, 0.6, 0.4, 0.2, 0.1, 0.01)
-LOG_NORMS = (1, 3, 4, 5, 9, 11, 13)
+LOG_NORMS = (1, 3, 4, 5, 7, 9, 10, 11, 12, 13)
 REMOVED_BITS, RESULT_BITS, SUMS, MOST_TERMS = 6, 8, 8, 64
 
 

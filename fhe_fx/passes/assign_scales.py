@@ -28,7 +28,7 @@ from fhe_fx.quant.classes import (
     find_classes,
     is_exact_scale,
 )
-from fhe_fx.quant.noise_level import behind_look_ups
+from fhe_fx.quant.noise_level import behind_look_ups, squared_norms
 from fhe_fx.quant.ranges import class_ends
 
 __all__ = ["AssignScales"]
@@ -60,6 +60,10 @@ class AssignScales(Pass):
     guard_bits: int = 6
     """Bits of an accumulator below what its look-up reads: the sum of the roundings of many table
     results stays far below one slot."""
+    room_bits: int = 3
+    """Bits of an encoding that the values of a class are left short of where one look-up reads them
+    in a narrower range than another. A look-up multiplies what it reads by a whole number, to fill
+    the encoding: by one or two it may leave half of it empty, by eight or more a ninth."""
     input_margin: float = 0.25
     """Room beyond the calibrated range of an input that only weights read, as a part of it. The
     client clips there: linear precision is free."""
@@ -76,6 +80,7 @@ class AssignScales(Pass):
         widths = state.encoding_widths()
         self._check(program, state, widths)
         state.fill_encodings(widths)
+        state.leave_room(widths)
         scale = state.scales()
         for node in program.encrypted():
             node.meta["classes"] = state.classes.of[node]
@@ -216,6 +221,64 @@ class _State:
             index = torch.unique(self.classes.of[node])
             index = index[(self.is_looked_up | self.is_result)[index] & ~self.is_weighted[index]]
             self.width[index] = self.width[index].clamp_min(widths[number])
+
+    def leave_room(self, widths: dict[int, int]) -> None:
+        """Widen encodings by `room_bits`, and with them all classes that look-ups fill anyway.
+
+        The others keep their scales, and fill a part of the encoding. Noise that arrives with them
+        is multiplied before it is read, and may become as large as it is elsewhere, not larger.
+        """
+        spare, gains, has_noise = self._spare_bits(widths)
+        held = self.is_weighted | self.is_result
+        for number in sorted(widths):
+            nodes = [n for n, e in self.encoding.items() if e == number]
+            index = torch.unique(torch.cat([self.classes.of[n].reshape(-1) for n in nodes]))
+            looked = index[self.is_looked_up[index]]
+            if not bool(gains[looked].any()) or bool(self.is_result[index].any()):
+                continue
+            # What keeps its scale also arrives in sums of it, multiplied by as much.
+            weighs_answers = bool((self.is_weighted & has_noise)[index].any())
+            bound = looked if weighs_answers else looked[held[looked]]
+            most = min([self.settings.room_bits, *spare[bound].tolist()])
+            left = torch.where(gains, spare.clamp(max=most), 0)
+            widths[number] += int(left[looked].max())
+            filled = looked[~held[looked]]
+            self.width[filled] += int(left[looked].max()) - left[filled]
+
+    def _spare_bits(self, widths: dict[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return of each class by how many bits its noise is below the greatest that is read.
+
+        And which classes are read in narrower slots if that is used, and which have noise at all.
+        """
+        scale = self.scales()
+        norms = squared_norms(self.program, lambda n: self._whole_weight(n, scale))
+        has_noise = torch.zeros_like(self.is_result)
+        for node, norm in norms.items():
+            has_noise[self.classes.of[node][norm > 0]] = True
+        noise, gains = torch.zeros_like(self.range), torch.zeros_like(self.is_result)
+        for source in {d.input_node(n) for n in self.program.maps()}:
+            index = self.classes.of[source].reshape(-1)
+            low, high = (end.reshape(-1) for end in source.meta["range"])
+            room = scale[index] * 2.0 ** widths[self.encoding[source]]
+            times = (room / (high - low).clamp_min(1e-300)).floor().clamp_min(1)
+            square = norms[source].reshape(-1) * times.square()
+            noise.scatter_reduce_(0, index, square, "amax")
+            gains[index[times * (high - low) < (1 - 2.0**-self.settings.room_bits) * room]] = True
+        greatest = max(
+            [1.0, float(noise.max()), *(float(norms[n].max()) for n in self.program.results)]
+        )
+        bits = (0.5 * (greatest / noise.clamp_min(1e-12)).log2()).floor()
+        return bits.clamp(0, self.settings.room_bits).long(), gains, has_noise
+
+    def _whole_weight(self, node: fx.Node, scale: Tensor) -> Tensor:
+        """Return the integers that a weight becomes, before they are rounded."""
+        weight = d.constant(d.input_node(node, 1)).double()
+        if node in self.absorbed:
+            return torch.ones((), dtype=torch.float64)
+        before, after = (scale[self.classes.of[n]] for n in (d.input_node(node), node))
+        if node.target == SCALE:
+            return weight if is_exact_scale(node) else weight * before / after
+        return weight * before[..., :1, :].transpose(-2, -1) / after[..., :1, :]
 
 
 def _is_input(node: fx.Node) -> bool:

@@ -3,9 +3,12 @@
 Exact in float: only `node.meta["range"]` is set, on the nodes that maps read. A narrow range has
 narrow slots; a value beyond its end wraps, and reads what the table holds at the other end, turned
 around. For a square that is nearly right and for other tables it may not be, so each end of each
-range is tried at several places, wrapped values and the noise of bootstraps included. Which ends
-the samples would lead to without some of them is kept (`node.meta["ends_without"]`), for the
-report's estimate of what will be outside on other inputs.
+range is tried at several places, wrapped values and the noise of bootstraps included.
+
+The greatest values seen decide where a range ends, so among them hardly any lies outside. Each
+sample is therefore tried in the range that the others lead to (`node.meta["ends_without"]`, which
+the report's estimate of overflow reads as well), and the classes of a node share what they show of
+rare values: calibrated samples alone would have every end too close.
 """
 
 from __future__ import annotations
@@ -50,9 +53,13 @@ class ChooseRanges(Pass):
     """How far beyond the observed range an end may lie, in parts of that range."""
     room: float = 0.03
     """How far it lies where no place is better: before a step, no derivative weighs errors."""
+    shared: float = 4.0
+    """Weight of the mean error of all classes of a node beside a class's own, which has few
+    samples that show what is rare."""
+
     rarer: float = 1.25
     """Values are also tried this much farther from the median: there are rarer ones to come."""
-    weight_of_rarer: float = 0.1
+    weight_of_rarer: float = 0.03
     """Weight of the errors at those."""
 
     def run(self, program: Program) -> bool:
@@ -79,7 +86,7 @@ class ChooseRanges(Pass):
             tuple(m + self.rarer * (x - m) for x, m in zip(sample, medians, strict=True))
             for sample in samples
         ]
-        weight = torch.ones(2 * len(samples), dtype=torch.float64)
+        weight = torch.ones(2 * len(samples))
         weight[len(samples) :] = self.weight_of_rarer
         samples = [*samples, *rarer]
         names = {n.name for n in sources}
@@ -90,7 +97,7 @@ class ChooseRanges(Pass):
             sensitivities(program, samples),
             weight,
             fold,
-            fold[::step].repeat(2),
+            fold[::step],
         )
 
     def _search(
@@ -120,15 +127,24 @@ class ChooseRanges(Pass):
 
         low, high, column = sample_ends(program, source, classes.of.__getitem__)
 
-        def squares_of(low: Tensor, high: Tensor) -> Tensor:
+        def squares_of(low: Tensor, high: Tensor, which: Tensor) -> Tensor:
             # Readers of one value err together: their errors add before they are squared.
-            error = functools.reduce(torch.add, [e.of(low[column], high[column]) for e in errors])
+            ends = low[:, column], high[:, column]
+            error = functools.reduce(torch.add, [e.of(*ends, which) for e in errors])
             return error.square_().mean(0)
 
+        values = rounded.flatten(1).float()
         search = RangeSearch(
-            squares_of, column, low, high, evidence.weight, evidence.fold, evidence.fold_of_error
+            squares_of,
+            column,
+            values,
+            evidence.weight,
+            evidence.fold_of_values,
+            low,
+            high,
+            evidence.fold,
         )
-        ends, others = search.ends(self.rooms, self.room)
+        ends, others = search.ends(self.rooms, self.room, self.shared)
         source.meta["range"] = ends[0][column], ends[1][column]
         inward = torch.stack([others[:, 0] - ends[0], ends[1] - others[:, 1]], 1)
         source.meta["ends_without"] = evidence.fold, inward[..., column].float()
@@ -145,5 +161,5 @@ class _Evidence:
     """`[n_samples]`."""
     fold: Tensor
     """Of each of the program's samples, of which the first half here are every so many."""
-    fold_of_error: Tensor
-    """Of each sample here."""
+    fold_of_values: Tensor
+    """Of each of that half."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,15 +17,14 @@ if TYPE_CHECKING:
 
     from fhe_fx.ir.program import Program
 
-__all__ = ["behind_look_ups", "log_norm_of"]
+__all__ = ["behind_look_ups", "log_norm_of", "squared_norms"]
 
 
 def behind_look_ups(program: Program) -> set[fx.Node]:
     """Return the nodes that look-ups answered, or that are made of answers by affine operators."""
     found: set[fx.Node] = set()
     for node in program.encrypted():
-        is_answer = d.is_map(node) or d.is_call(node, LOOKUP)
-        if is_answer or any(n in found for n in d.operands(node)):
+        if _is_look_up(node) or any(n in found for n in d.operands(node)):
             found.add(node)
     return found
 
@@ -40,21 +40,37 @@ def log_norm_of(program: Program) -> float:
         program: of either stage. In float, weights count as integers of the bits that weights of
             answers have, and factors as one, since most are absorbed by scales.
     """
+    norms = squared_norms(program, lambda node: _whole_weight(program, node))
+    read = [norms[d.input_node(n)] for n in program.encrypted() if _is_look_up(n)]
+    return 0.5 * math.log2(
+        max([1.0, *(float(norm.max()) for norm in (*read, *(norms[n] for n in program.results)))])
+    )
+
+
+def squared_norms(
+    program: Program, weight_of: Callable[[fx.Node], Tensor]
+) -> dict[fx.Node, Tensor]:
+    """Return the squared 2-norm of the weights of answers in every element, by encrypted node.
+
+    Args:
+        program: of either stage.
+        weight_of: the integers, float64, by which a `linear` or `scale` multiplies.
+    """
     found: dict[fx.Node, Tensor] = {}
-    greatest = 1.0
     for node in program.encrypted():
-        if d.is_map(node) or d.is_call(node, LOOKUP):
-            greatest = max(greatest, float(found[d.input_node(node)].max()))
+        if _is_look_up(node):
             found[node] = torch.ones(d.shape_of(node), dtype=torch.float64)
         elif node.op == "placeholder":
             found[node] = torch.zeros(d.shape_of(node), dtype=torch.float64)
         else:
-            found[node] = _squared(program, node, [found[n] for n in d.operands(node)])
-    results = [float(found[n].max()) for n in program.results]
-    return 0.5 * math.log2(max(greatest, *results))
+            inputs = [found[n] for n in d.operands(node)]
+            found[node] = _squared(program, node, inputs, weight_of)
+    return found
 
 
-def _squared(program: Program, node: fx.Node, inputs: list[Tensor]) -> Tensor:
+def _squared(
+    program: Program, node: fx.Node, inputs: list[Tensor], weight_of: Callable[[fx.Node], Tensor]
+) -> Tensor:
     """Return the squared norm of every element of an affine node."""
     if d.is_call(node, SHIFT):
         return inputs[0]
@@ -62,15 +78,28 @@ def _squared(program: Program, node: fx.Node, inputs: list[Tensor]) -> Tensor:
         return inputs[0] * _greatest_factor(program, d.input_node(node, 1)) ** 2
     if d.is_call(node, d.ADD, d.SUB):
         return inputs[0] + inputs[-1]
-    if d.is_call(node, SCALE, LINEAR):
-        weight = d.constant(d.input_node(node, 1))
-        if weight.is_floating_point():
-            largest = float(weight.abs().max()) or 1.0
-            whole = 2 ** (program.options.bits_of_answers_weights - 1) - 1
-            weight = torch.ones(()) if node.target == SCALE else weight * (whole / largest)
-        weight = weight.double().square()
-        return inputs[0] * weight if node.target == SCALE else inputs[0] @ weight
-    return d.evaluate(node, *inputs)
+    if d.is_call(node, SCALE):
+        return inputs[0] * weight_of(node).square()
+    if d.is_call(node, LINEAR):
+        summed: Tensor = inputs[0] @ weight_of(node).square()
+        return summed
+    moved: Tensor = d.evaluate(node, *inputs)
+    return moved
+
+
+def _whole_weight(program: Program, node: fx.Node) -> Tensor:
+    """Return the weights of an integer program, or what those of a float one will be like."""
+    weight = d.constant(d.input_node(node, 1))
+    if not weight.is_floating_point():
+        return weight.double()
+    if node.target == SCALE:
+        return torch.ones((), dtype=torch.float64)
+    greatest = float(2 ** (program.options.bits_of_answers_weights - 1) - 1)
+    return weight.double() * (greatest / (float(weight.abs().max()) or 1.0))
+
+
+def _is_look_up(node: fx.Node) -> bool:
+    return d.is_map(node) or d.is_call(node, LOOKUP)
 
 
 def _greatest_factor(program: Program, factor: fx.Node) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
+
 from fhe_fx.ir import dialect as d
 from fhe_fx.quant.classes import find_classes
 from fhe_fx.quant.noise import lookup_variance
@@ -54,9 +56,11 @@ def lookup_responses(program: Program) -> dict[str, float]:
         low, high = class_ends(program, source, classes.of.__getitem__, classes.n_classes)
         room = _ROOM * (high - low)
         exact = values[source.name]
-        error = LookupError(
+        reader = LookupError(
             d.map_of(n), exact, exact, index, _BITS, _P_ERROR, gradients[n.name], len(exact),
             source.op == "placeholder",
-        ).of((low - room)[index], (high + room)[index])  # fmt: skip
+        )  # fmt: skip
+        one_range = torch.zeros_like(exact.flatten(1), dtype=torch.int64)
+        error = reader.of((low - room)[index][None], (high + room)[index][None], one_range)
         found[n.name] = float(error.square().sum(-1).mean() / variance / n_results)
     return found

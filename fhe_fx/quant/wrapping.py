@@ -65,26 +65,28 @@ class LookupError:
         # Beyond the room for results no range helps.
         self.expected = self._tabulated(arriving)
 
-    def of(self, low: Tensor, high: Tensor) -> Tensor:
+    def of(self, low: Tensor, high: Tensor, which: Tensor) -> Tensor:
         """Return the weighted errors when every value is looked up in its `[low, high]`.
 
         Args:
-            low: an end for each element, of shape `shape`.
+            low: ends that an element may meet, `[n_ends, *shape]`.
             high: likewise.
+            which: number of those that each value meets, `[n_samples, numel]`.
 
         Returns:
             Errors `[draws, n_samples, numel]`, float32.
         """
-        low_end, high_end = low.reshape(-1).float(), high.reshape(-1).float()
+        low_end, high_end = low.flatten(1).float(), high.flatten(1).float()
         slot = ((high_end - low_end) / self.size).clamp_min(1e-30)
         # Anti-periodic: a turn reads minus the entry, and the table is centred on its two ends.
-        twice = self._tabulated(torch.stack([low_end, high_end - slot])).sum(0)
+        twice = self._tabulated(torch.cat([low_end, high_end - slot])).view(2, *slot.shape).sum(0)
         n_samples, numel = self.arriving.shape
         found = torch.empty(len(self.gradients), n_samples, numel)
         step = max(1, _TOGETHER // max(1, numel))
         for start in range(0, n_samples, step):
             some = slice(start, start + step)
-            answer, turns = self._answer(some, low_end, high_end, slot, twice)
+            ends = (end.gather(0, which[some]) for end in (low_end, high_end, slot, twice))
+            answer, turns = self._answer(some, *ends)
             gradients = self.gradients[:, some]
             if self.has_zeros:
                 gradients = torch.where(turns == 0, gradients, self.gradients_if_wrapped[:, some])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,7 +12,9 @@ from fhe_fx.ir import Program
 from fhe_fx.ir import dialect as d
 from fhe_fx.options import Options
 from fhe_fx.passes import Pipeline, default_pipeline
+from fhe_fx.passes.assign_scales import AssignScales
 from fhe_fx.quant.noise_level import log_norm_of
+from fhe_fx.quant.ranges import times_to_fill
 from tests.programs import lower, program_from, seeded
 
 SAMPLES = [(x,) for x in seeded((2, 4))]
@@ -67,3 +71,42 @@ def test_two_bits_less_for_weights_of_answers_are_two_bits_less_noise() -> None:
         return log_norm_of(program)
 
     assert log_norm(8) - log_norm(6) == pytest.approx(2, abs=0.05)
+
+
+def _slots_and_norm(room_bits: int) -> tuple[float, float]:
+    """Return how much wider slots are than ranges ask for, at worst, and the noise.
+
+    The same values are read alone and in sums, which reach farther, and behind them heavier sums.
+    """
+    w = seeded((16, 8), n=1, seed=3)[0]
+
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        a, b = torch.sigmoid(x) + torch.sigmoid(y), 0.2 * torch.exp(y)
+        return torch.tanh(torch.cat([torch.tanh(a + b), torch.tanh(a)], -1) @ w)
+
+    inputs = zip(*(seeded((2, 8), n=16, seed=seed) for seed in (5, 6)), strict=True)
+    program = program_from(function, list(inputs), p_error=0.1)
+    passes = [
+        dataclasses.replace(p, room_bits=room_bits) if isinstance(p, AssignScales) else p
+        for p in default_pipeline()
+    ]
+    Pipeline(tuple(passes[:-1])).run(program)
+    sources = [d.input_node(n) for n in program.maps()]
+    empty = [
+        float(
+            (
+                n.meta["scale"] * 2.0 ** n.meta["width"] / times_to_fill(n)
+                / (n.meta["range"][1] - n.meta["range"][0])
+            ).max()
+        )
+        for n in sources
+    ]  # fmt: skip
+    Pipeline(tuple(passes[-1:])).run(program)
+    return max(empty), log_norm_of(program)
+
+
+def test_a_narrow_range_beside_a_wide_one_fills_its_slots_and_noise_stays() -> None:
+    (before, norm), (after, norm_after) = _slots_and_norm(0), _slots_and_norm(3)
+    assert before > 1.3
+    assert after < 1.13  # 9 / 8
+    assert norm_after == pytest.approx(norm, abs=0.05)

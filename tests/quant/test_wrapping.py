@@ -29,6 +29,24 @@ def _answers(function: object, values: Tensor, low: float, high: float) -> Tenso
     return found.double() * 1e-6 + tables.offset[0]
 
 
+def _errors(model: LookupError, low: float, high: float) -> Tensor:
+    """Return the errors `[n_samples, 1]` where all values meet the same ends."""
+    which = torch.zeros(model.arriving.shape, dtype=torch.int64)
+    return model.of(torch.tensor([[low]]).double(), torch.tensor([[high]]).double(), which)[0]
+
+
+def test_every_value_meets_the_ends_that_are_named_for_it() -> None:
+    function = elementwise((aten.exp.default, (), {}))
+    values = torch.linspace(-1.2, 1.2, 60, dtype=torch.float64).view(-1, 1)
+    index, gradients = torch.zeros(1, dtype=torch.int64), torch.ones(1, *values.shape)
+    model = LookupError(function, values, values, index, BITS, CERTAIN, gradients, 60, False)
+    which = torch.arange(60).remainder(2).view(-1, 1)
+    low, high = torch.tensor([[-1.0], [-2.0]]).double(), torch.tensor([[1.0], [2.0]]).double()
+    found = model.of(low, high, which)[0]
+    assert torch.equal(found[::2], _errors(model, -1.0, 1.0)[::2])
+    assert torch.equal(found[1::2], _errors(model, -2.0, 2.0)[1::2])
+
+
 @pytest.mark.parametrize("operator", [aten.exp.default, aten.square.default, aten.tanh.default])
 def test_it_errs_as_the_tables_do_beyond_both_ends(operator: torch._ops.OpOverload) -> None:
     function = elementwise((operator, (), {}))
@@ -37,7 +55,7 @@ def test_it_errs_as_the_tables_do_beyond_both_ends(operator: torch._ops.OpOverlo
     gradients = torch.ones(1, *values.shape)
     model = LookupError(function, values, values, index, BITS, CERTAIN, gradients, 2000, False)
     low, high = -1.0, 1.25
-    found = model.of(torch.tensor([low]).double(), torch.tensor([high]).double())[0].double()
+    found = _errors(model, low, high).double()
     expected = _answers(function, values, low, high) - function(values)
     # Noise of less than a tenth of a slot moves only values that close to a slot's end, and a mean
     # over a slot differs from its middle by a part of a slot squared.
@@ -59,8 +77,7 @@ def test_a_clipped_value_does_not_wrap() -> None:
         model = LookupError(
             function, values, values, index, BITS, CERTAIN, gradients, 50, is_clipped
         )
-        ends = (torch.tensor([-1.0]).double(), torch.tensor([0.1]).double())
-        worst.append(float(model.of(*ends)[0].abs().max()))
+        worst.append(float(_errors(model, -1.0, 0.1).abs().max()))
     assert worst[0] > 0.9 > worst[1]
 
 
@@ -70,7 +87,7 @@ def test_what_wraps_counts_although_its_derivative_is_zero() -> None:
     index = torch.zeros(1, dtype=torch.int64)
     gradients = torch.tensor([0.0, -3.0, 0.0]).view(1, 3, 1)
     model = LookupError(function, values, values, index, BITS, CERTAIN, gradients, 3, False)
-    found = model.of(torch.tensor([-1.0]).double(), torch.tensor([1.0]).double()).reshape(-1)
+    found = _errors(model, -1.0, 1.0).reshape(-1)
     answers = _answers(function, values, -1.0, 1.0).reshape(-1)
     errors = answers - function(values).reshape(-1)
     assert float(found[0]) == 0.0  # a small error, which changes nothing
