@@ -194,7 +194,7 @@ def test_it_is_data(found: Inspection) -> None:
     assert [n["node"] for n in region["nodes"]] == [n.node for n in found.regions[0].nodes]
     lines = str(found).splitlines()
     error = found.regions[0].result_errors[0]
-    assert lines[0].startswith(f"inner: relative error {error:.3g}, 8 inputs")
+    assert lines[0].startswith(f"inner: relative error {error:.3f}, 8 inputs")
     assert (
         len([n for n in found.regions[0].nodes if not n.is_minor])
         == len(lines)
