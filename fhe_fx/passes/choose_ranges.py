@@ -127,10 +127,10 @@ class ChooseRanges(Pass):
 
         low, high, column = sample_ends(program, source, classes.of.__getitem__)
 
-        def squares_of(low: Tensor, high: Tensor, which: Tensor) -> Tensor:
+        def squares_of(low: Tensor, high: Tensor, which: Tensor, is_far: Tensor) -> Tensor:
             # Readers of one value err together: their errors add before they are squared.
             ends = low[:, column], high[:, column]
-            error = functools.reduce(torch.add, [e.of(*ends, which) for e in errors])
+            error = functools.reduce(torch.add, [e.of(*ends, which, is_far) for e in errors])
             return error.square_().mean(0)
 
         values = rounded.flatten(1).float()

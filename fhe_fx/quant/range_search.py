@@ -23,9 +23,9 @@ __all__ = ["RangeSearch"]
 class RangeSearch:
     """Tries each end at several places, class by class."""
 
-    squares_of: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """Squared errors `[n, numel]` of the values, given low and high ends `[n_ends, n_classes]` and
-    which of them each value meets, `[n, numel]`."""
+    squares_of: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """Squared errors `[n, numel]` of the values, given low and high ends `[n_ends, n_classes]`,
+    which of them each sample meets, `[n]`, and which values meet the last instead, `[n, numel]`."""
     column: Tensor
     """Class of every element, of any shape."""
     values: Tensor
@@ -58,13 +58,15 @@ class RangeSearch:
         lows, highs = torch.cat([least, low]), torch.cat([greatest, high])
         spans = highs - lows
         most = max(*rooms, usual)
-        which = self._which(lows - most * spans, highs + most * spans)
+        which = torch.full((len(self.values),), len(least))
+        which[: len(self.fold_of_values)] = self.fold_of_values
+        is_far = self._is_far(lows - most * spans, highs + most * spans)
         column = self.column.reshape(-1)
         best = torch.full_like(low[0], torch.inf)
         below, above = torch.full_like(best, usual), torch.full_like(best, usual)
         # Both ends together: where a value wraps at one end depends on the other.
         for one, other in [(usual, usual), *itertools.product(rooms, repeat=2)]:
-            squares = self.squares_of(lows - one * spans, highs + other * spans, which)
+            squares = self.squares_of(lows - one * spans, highs + other * spans, which, is_far)
             error = torch.zeros_like(best).scatter_add(0, column, (self.weight @ squares).double())
             error += shared * error.mean()
             is_better = error < best
@@ -73,15 +75,14 @@ class RangeSearch:
         ends = torch.stack([lows - below * spans, highs + above * spans], 1)
         return ends[-1], ends[:-1]
 
-    def _which(self, low: Tensor, high: Tensor) -> Tensor:
-        """Return the ends that each value meets: those without its sample's fold, or the last.
+    def _is_far(self, low: Tensor, high: Tensor) -> Tensor:
+        """Say which values lie beyond the ends without their samples' folds whatever the room is.
 
-        These are of all samples, for a value that lies beyond the others whatever the room is. How
-        far off its like will be no room can tell, but it should be inside itself.
+        They meet the ends of all samples. How far off their like will be no room can tell, but they
+        should be inside themselves.
         """
-        column, last, n = self.column.reshape(-1), len(low) - 1, len(self.fold_of_values)
-        low, high = (end[:, column][self.fold_of_values].float() for end in (low, high))
-        is_near = (self.values[:n] >= low) & (self.values[:n] < high)
-        which = torch.full(self.values.shape, last)
-        which[:n] = torch.where(is_near, self.fold_of_values.unsqueeze(1), last)
-        return which
+        column, n = self.column.reshape(-1), len(self.fold_of_values)
+        low, high = (end[:, column].float()[self.fold_of_values] for end in (low, high))
+        is_far = torch.zeros(self.values.shape, dtype=torch.bool)
+        is_far[:n] = (self.values[:n] < low) | (self.values[:n] >= high)
+        return is_far

@@ -60,7 +60,7 @@ def lookup_responses(program: Program) -> dict[str, float]:
             d.map_of(n), exact, exact, index, _BITS, _P_ERROR, gradients[n.name], len(exact),
             source.op == "placeholder",
         )  # fmt: skip
-        one_range = torch.zeros_like(exact.flatten(1), dtype=torch.int64)
+        one_range = torch.zeros(len(exact), dtype=torch.int64)
         error = reader.of((low - room)[index][None], (high + room)[index][None], one_range)
         found[n.name] = float(error.square().sum(-1).mean() / variance / n_results)
     return found

@@ -65,13 +65,16 @@ class LookupError:
         # Beyond the room for results no range helps.
         self.expected = self._tabulated(arriving)
 
-    def of(self, low: Tensor, high: Tensor, which: Tensor) -> Tensor:
+    def of(
+        self, low: Tensor, high: Tensor, which: Tensor, meets_last: Tensor | None = None
+    ) -> Tensor:
         """Return the weighted errors when every value is looked up in its `[low, high]`.
 
         Args:
             low: ends that an element may meet, `[n_ends, *shape]`.
             high: likewise.
-            which: number of those that each value meets, `[n_samples, numel]`.
+            which: number of those that each sample meets, `[n_samples]`.
+            meets_last: values that meet the last ones instead, bool, `[n_samples, numel]`.
 
         Returns:
             Errors `[draws, n_samples, numel]`, float32.
@@ -85,7 +88,12 @@ class LookupError:
         step = max(1, _TOGETHER // max(1, numel))
         for start in range(0, n_samples, step):
             some = slice(start, start + step)
-            ends = (end.gather(0, which[some]) for end in (low_end, high_end, slot, twice))
+            ends = [end[which[some]] for end in (low_end, high_end, slot, twice)]
+            if meets_last is not None and bool(meets_last[some].any()):
+                last = (end[-1] for end in (low_end, high_end, slot, twice))
+                ends = [
+                    torch.where(meets_last[some], b, a) for a, b in zip(ends, last, strict=True)
+                ]
             answer, turns = self._answer(some, *ends)
             gradients = self.gradients[:, some]
             if self.has_zeros:

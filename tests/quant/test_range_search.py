@@ -29,8 +29,9 @@ def _search(values: Tensor, shared: float) -> tuple[Tensor, Tensor]:
     column = torch.arange(CLASSES).expand(ROWS, CLASSES)
     flat, fold = values.flatten(1), fold_numbers(len(values))
 
-    def squares_of(low: Tensor, high: Tensor, which: Tensor) -> Tensor:
-        ends = (end[:, column.reshape(-1)].gather(0, which) for end in (low, high))
+    def squares_of(low: Tensor, high: Tensor, which: Tensor, is_far: Tensor) -> Tensor:
+        all_ends = (end[:, column.reshape(-1)] for end in (low, high))
+        ends = (torch.where(is_far, end[-1], end[which]) for end in all_ends)
         return _errors(flat, *ends).float()
 
     search = RangeSearch(

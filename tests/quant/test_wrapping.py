@@ -31,7 +31,7 @@ def _answers(function: object, values: Tensor, low: float, high: float) -> Tenso
 
 def _errors(model: LookupError, low: float, high: float) -> Tensor:
     """Return the errors `[n_samples, 1]` where all values meet the same ends."""
-    which = torch.zeros(model.arriving.shape, dtype=torch.int64)
+    which = torch.zeros(len(model.arriving), dtype=torch.int64)
     return model.of(torch.tensor([[low]]).double(), torch.tensor([[high]]).double(), which)[0]
 
 
@@ -40,11 +40,13 @@ def test_every_value_meets_the_ends_that_are_named_for_it() -> None:
     values = torch.linspace(-1.2, 1.2, 60, dtype=torch.float64).view(-1, 1)
     index, gradients = torch.zeros(1, dtype=torch.int64), torch.ones(1, *values.shape)
     model = LookupError(function, values, values, index, BITS, CERTAIN, gradients, 60, False)
-    which = torch.arange(60).remainder(2).view(-1, 1)
+    which, is_last = torch.arange(60).remainder(2), torch.zeros(60, 1, dtype=torch.bool)
+    is_last[40:] = True
     low, high = torch.tensor([[-1.0], [-2.0]]).double(), torch.tensor([[1.0], [2.0]]).double()
-    found = model.of(low, high, which)[0]
-    assert torch.equal(found[::2], _errors(model, -1.0, 1.0)[::2])
+    found = model.of(low, high, which, is_last)[0]
+    assert torch.equal(found[:40:2], _errors(model, -1.0, 1.0)[:40:2])
     assert torch.equal(found[1::2], _errors(model, -2.0, 2.0)[1::2])
+    assert torch.equal(found[40:], _errors(model, -2.0, 2.0)[40:])
 
 
 @pytest.mark.parametrize("operator", [aten.exp.default, aten.square.default, aten.tanh.default])
