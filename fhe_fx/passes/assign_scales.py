@@ -239,7 +239,8 @@ class _State:
             # What keeps its scale also arrives in sums of it, multiplied by as much.
             weighs_answers = bool((self.is_weighted & has_noise)[index].any())
             bound = looked if weighs_answers else looked[held[looked]]
-            most = min([self.settings.room_bits, *spare[bound].tolist()])
+            fits = MAX_WIDTH - widths[number]
+            most = min([self.settings.room_bits, fits, *spare[bound].tolist()])
             left = torch.where(gains, spare.clamp(max=most), 0)
             widths[number] += int(left[looked].max())
             filled = looked[~held[looked]]

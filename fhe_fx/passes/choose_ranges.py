@@ -56,7 +56,6 @@ class ChooseRanges(Pass):
     shared: float = 4.0
     """Weight of the mean error of all classes of a node beside a class's own, which has few
     samples that show what is rare."""
-
     rarer: float = 1.25
     """Values are also tried this much farther from the median: there are rarer ones to come."""
     weight_of_rarer: float = 0.03
