@@ -62,6 +62,20 @@ class Attention(nn.Module):
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class Heads(nn.Module):
+    """Attention of two heads under a mask of each call, and the product behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.write = nn.Linear(CHANNELS, 3 * CHANNELS), nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.read(x).unflatten(-1, (3, 2, CHANNELS // 2)).permute(2, 0, 3, 1, 4)
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1))
+        result: Tensor = self.write(y.transpose(1, 2).flatten(2))
+        return result
+
+
 class Whole(nn.Module):
     """Calls the part."""
 
@@ -102,7 +116,9 @@ CASES: list[tuple[type[nn.Module], Make, int]] = [
 ]
 
 
-def encrypted(kind: type[nn.Module], make: Make) -> tuple[nn.Module, Any, list[Any]]:
+def encrypted(
+    kind: type[nn.Module], make: Make, heads: list[int] | None = None
+) -> tuple[nn.Module, Any, list[Any]]:
     """Return a model, the same with its part encrypted, and calls that calibration saw."""
     torch.manual_seed(0)
     model, generator = Whole(kind()).eval(), torch.Generator().manual_seed(1)
@@ -111,7 +127,7 @@ def encrypted(kind: type[nn.Module], make: Make) -> tuple[nn.Module, Any, list[A
         for _ in range(40)
     ]
     found = fhe_fx.encrypt_submodule(
-        model, "part", clear_inputs="mask", calibration=calls, options=OPTIONS
+        model, "part", heads=heads, clear_inputs="mask", calibration=calls, options=OPTIONS
     )
     return model, found, calls
 
@@ -172,7 +188,45 @@ def test_what_a_mask_hides_has_no_effect() -> None:
     assert moved(found, hidden) < 0.1 * moved(found, shown)
 
 
-def test_clear_inputs_go_over_the_wire(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [booleans, addends])
+def test_chosen_heads_under_a_clear_mask(make: Make) -> None:
+    """The region holds their weights and takes their part of the mask; the others stay float."""
+    model, found, calls = encrypted(Heads, make, [1])
+    region = part_of(found).region
+    rows, *of_mask = region.captured.placeholders
+    assert d.shape_of(rows) == (1, ROWS, CHANNELS)  # the input itself, not projections of it
+    assert {d.shape_of(n)[:2] for n in of_mask} == {(1, 1)}
+    assert [d.is_clear(n) for n in of_mask].count(False) == (make is addends)
+    weights = [b for b in region.captured.module.buffers() if b.shape[:1] == (CHANNELS,)]
+    assert [tuple(b.shape) for b in weights] == [(CHANNELS, CHANNELS // 2)] * 3
+    both = encrypted(Heads, make, [1, 0])[1]
+    n_one, n_both = (fhe_fx.report(m).regions[0].look_ups for m in (found, both))
+    assert 2 * n_one == n_both
+    fhe_fx.set_mode(found, "clear")
+    with torch.no_grad():
+        ours, theirs = (torch.cat([m(*c) for c in calls[:8]]) for m in (found, model))
+    assert 0 < float((ours - theirs).norm() / theirs.norm()) < 0.1
+
+
+def test_only_the_chosen_heads_change_under_a_clear_mask() -> None:
+    """Where the product behind ignores them, nothing of the integers is left to see."""
+    model, _, calls = encrypted(Heads, booleans)
+    with torch.no_grad():
+        model.get_parameter("part.write.weight")[:, CHANNELS // 2 :] = 0
+    found = fhe_fx.encrypt_submodule(
+        model, "part", heads=[1], clear_inputs="mask", calibration=calls, options=OPTIONS
+    )
+    fhe_fx.set_mode(found, "clear")
+    for call in calls[:4]:
+        torch.testing.assert_close(found(*call), model(*call), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "heads"), [(Weighed, numbers, None), (Heads, booleans, [1])]
+)
+def test_clear_inputs_go_over_the_wire(
+    kind: type[nn.Module], make: Make, heads: list[int] | None, tmp_path: Path
+) -> None:
     """A client that knows its files alone, and a server with the circuit, agree with the model."""
     from fhe_fx.backends.concrete.artifact import client_specs, server_files
     from fhe_fx.backends.concrete.parties import (
@@ -181,11 +235,11 @@ def test_clear_inputs_go_over_the_wire(tmp_path: Path) -> None:
         parse_evaluation_keys,
     )
 
-    _, found, calls = encrypted(Weighed, numbers)
+    _, found, calls = encrypted(kind, make, heads)
     part = part_of(found)
     circuit = part.region.circuit()
     codec = Codec.from_entries(part.region.codec.to_entries())
-    stand_in = client_module(Weighed(), stand_in_files(part), codec)
+    stand_in = client_module(kind(), stand_in_files(part), codec)
     client = ConcreteClient(client_specs(circuit))
     client.keygen()
     for name, content in server_files(circuit, is_simulated=False).items():
@@ -211,14 +265,15 @@ def padded_call(n_padded: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (torch.arange(4) >= n_padded).long()[None]}
 
 
-@pytest.fixture(scope="module")
-def masked() -> Any:
+@pytest.fixture(scope="module", params=[None, [1]], ids=["whole", "head"])
+def masked(request: pytest.FixtureRequest) -> Any:
     """A language model and the same with an attention under clear masks. Not to be changed."""
     generator = torch.Generator().manual_seed(2)
     model = tiny_gpt2(attention="eager", n_layer=1)
     found = fhe_fx.encrypt_submodule(
         model,
         "h.0.attn",
+        heads=request.param,
         clear_inputs=["attention_mask"],
         calibration=[padded_call(i % 3, generator) for i in range(36)],
         options=OPTIONS,

@@ -20,6 +20,7 @@ from fhe_fx.errors import BackendError
 from fhe_fx.export.onnx.model import encoded_name, result_name
 from fhe_fx.ir.ops import (
     ENTER,
+    GATE,
     LEAVE,
     LINEAR,
     MASKED_SOFTMAX,
@@ -314,6 +315,7 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
     LEAVE: _identity,
     TABULATED: _identity,
     SCALE: torch.mul,
+    GATE: torch.mul,
     SHIFT: torch.add,
     LINEAR: torch.matmul,
     TAKE_PAIRS: _take_pairs,

@@ -110,6 +110,29 @@ def test_three_models_are_the_clear_mode(
             assert float(off.abs().max()) <= 0.5 + number.bound
 
 
+def test_heads_that_stay_with_the_client_keep_their_clear_mask(tmp_path: Path) -> None:
+    def padded(ids: Tensor, n: int) -> dict[str, Tensor]:
+        return {"input_ids": ids, "attention_mask": (torch.arange(4) >= n).long()[None]}
+
+    encrypted = encrypt_tokens(
+        tiny_gpt2(attention="eager"),
+        "h.0.attn",
+        heads=[1],
+        clear_inputs="attention_mask",
+        calibration=[padded(ids, i % 2) for i, ids in enumerate(token_inputs(8))],
+    )
+    manifest = export_onnx(encrypted, tmp_path / "onnx")
+    assert manifest["validation"]["is_integer_equal"]
+    fhe_fx.set_mode(encrypted, "clear")
+    call = padded(token_inputs(9)[8], 1)
+    with torch.no_grad():
+        expected = encrypted(**call, use_cache=False).logits
+    values = run_directory(tmp_path / "onnx", **call)
+    # A float between two integers may be encoded as either: one step of one number.
+    found = torch.from_numpy(values["output_0"])
+    assert float((found - expected).norm() / expected.norm()) < 0.01
+
+
 def test_encoding_and_decoding_are_those_of_the_codec(tmp_path: Path) -> None:
     """Where nothing is float but the codec, even the encoding is equal bit for bit."""
     body = make_net().body
