@@ -708,6 +708,12 @@ def build_region(
         for k, name in enumerate(names)
         if name in clear
     }
+    if clear and not least:
+        raise CalibrationError(
+            f"{path}: {', '.join(clear)} does not depend on what calibration gives, so it is a "
+            f"constant of the circuit. Give calibration inputs with it, each argument by name, or "
+            f"leave clear_inputs out."
+        )
     signature = dataclasses.replace(signature, clear=least)
     Pipeline((Normalize(),)).run(target)
     return lower_region(target, heads, pipeline, lower), signature

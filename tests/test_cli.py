@@ -133,25 +133,6 @@ def test_run_execute(tmp_path: Path) -> None:
     assert "others can read it (mode 0644)" in refused("run", out, *args)
 
 
-def test_report_under_a_clear_mask(tmp_path: Path) -> None:
-    """An array for each argument of the model; what one of them becomes may stay clear."""
-    rng = np.random.default_rng(0)
-    ids = rng.integers(3, 100, (24, 3))
-    mask = np.arange(3) >= rng.integers(0, 2, (24, 1))  # the first token may be padding
-    np.savez(tmp_path / "calls.npz", input_ids=ids, attention_mask=mask.astype(np.int64))
-    np.save(tmp_path / "ids.npy", ids)
-    whole = ("report", SHIPPED, "--submodule", "h.0.attn", "--tokens", 3, "--json")
-    wanted = (*whole, "--backend", "reference", "--calibration")
-    names = (tmp_path / "calls.npz", "--clear-input", "attention_mask")
-    result = invoke(*wanted, *names)
-    assert result.exit_code == 0, result.stderr
-    (masked,) = json.loads(result.stdout)["regions"]
-    (constant,) = json.loads(invoke(*wanted, tmp_path / "ids.npy").stdout)["regions"]
-    assert masked["look_ups"] > constant["look_ups"]  # pairs that a clear mask may show are built
-    told = refused(*wanted, *names[:-1], "attention_maks")
-    assert "has no argument 'attention_maks'. Did you mean 'attention_mask'" in told
-
-
 def test_export_of_the_circuit_alone_and_figures_for_the_card(tmp_path: Path) -> None:
     model = "random:gpt2,n_layer=1,n_embd=4,n_head=1,n_inner=4,vocab_size=50"
     part = ["--submodule", "h.0.mlp", "--tokens", "2", "--n-bits", "2", "--no-validate"]

@@ -22,6 +22,8 @@ __all__ = ["BETWEEN", "submodule_between", "submodules_of"]
 
 BETWEEN = "between"
 """Name of the submodule that `submodule_between` makes, where nothing else has it."""
+WHOLE = "whole"
+"""Name of the submodule that holds all of a graph."""
 
 
 def submodule_between(
@@ -71,7 +73,8 @@ def submodules_of(
 
     Args:
         graph_module: any fx graph; left as it is.
-        target: as `resolve_targets` takes it, on the graph's own submodules and those it records.
+        target: as `resolve_targets` takes it, on the graph's own submodules and those it records;
+            or "", all that the graph computes.
 
     Returns:
         A graph that computes the same, and the paths of the targets in it. What was
@@ -81,6 +84,9 @@ def submodules_of(
         TargetError: as `resolve_targets`.
         CaptureError: if a submodule is not one region of the graph.
     """
+    if target == "":
+        whole, name = _with_submodule(graph_module, _computed(graph_module.graph), WHOLE)
+        return whole, [name]
     recorded = {p for n in graph_module.graph.nodes for p in _stack(n)}
     own = {p for p, _ in graph_module.named_modules() if p}
     called = {str(n.target) for n in graph_module.graph.nodes if n.op == "call_module"}
@@ -98,18 +104,26 @@ def submodules_of(
         if path in called:
             names.append(path)
             continue
-        region = [
-            n
-            for n in graph_module.graph.nodes
-            if n.op.startswith("call_") and path in _stack(n) and not is_assertion(n)
-        ]
+        region = [n for n in _computed(graph_module.graph) if path in _stack(n)]
         if not region:
             raise CaptureError(f"{path}: no node of the graph belongs to it. Choose another.")
         region = _with_between(graph_module.graph, region, path)
-        name = _fresh(graph_module, path.replace(".", "_"))
-        graph_module = _compose(graph_module, region, _reached(region, forward=True), name)
+        graph_module, name = _with_submodule(graph_module, region, path.replace(".", "_"))
         names.append(name)
     return graph_module, names
+
+
+def _with_submodule(
+    whole: fx.GraphModule, region: Sequence[fx.Node], wanted: str
+) -> tuple[fx.GraphModule, str]:
+    """Make a convex region a submodule; return its name, the wanted one if that is free."""
+    name = _fresh(whole, wanted)
+    return _compose(whole, region, _reached(region, forward=True), name), name
+
+
+def _computed(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes that compute something."""
+    return [n for n in graph.nodes if n.op.startswith("call_") and not is_assertion(n)]
 
 
 def _stack(node: fx.Node) -> list[str]:
@@ -154,10 +168,9 @@ def _named(graph: fx.Graph, names: str | Sequence[str], argument: str) -> list[f
 def _nodes_of_submodules(graph: fx.Graph) -> dict[str, list[fx.Node]]:
     """Return the nodes that compute something in each submodule that the graph records."""
     found: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op.startswith("call_") and not is_assertion(node):
-            for path in _stack(node):
-                found.setdefault(path, []).append(node)
+    for node in _computed(graph):
+        for path in _stack(node):
+            found.setdefault(path, []).append(node)
     return found
 
 
@@ -218,7 +231,8 @@ def _compose(
     results = [n for n in region if any(u in others for u in n.users)]
     root = nn.Module()
     _keep(root, whole, others)
-    root.add_module(name, _Region(_extract(whole, region, list(arguments), results)))
+    extracted = _extract(whole, region, list(arguments), results)
+    root.add_module(name, _Region(extracted, [_known_as(n) for n in arguments]))
 
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -243,12 +257,19 @@ class _Region(nn.Module):
     Node by node, so that what is traced keeps the source lines of the model.
     """
 
-    def __init__(self, nodes: fx.GraphModule) -> None:
+    def __init__(self, nodes: fx.GraphModule, argument_names: Sequence[str]) -> None:
         super().__init__()
         self.nodes = nodes
+        self.argument_names = tuple(argument_names)  # which `clear_inputs` names
 
     def forward(self, *args: Any) -> Any:
         return fx.Interpreter(self.nodes).run(*args)
+
+
+def _known_as(argument: fx.Node) -> str:
+    """Return the input of the graph of which alone a value is made, or the value's own name."""
+    inputs = [n for n in _reached([argument], forward=False) if n.op == "placeholder"]
+    return str(inputs[0].target) if len(inputs) == 1 else argument.name
 
 
 def _item(graph: fx.Graph, call: fx.Node, number: int) -> fx.Node:

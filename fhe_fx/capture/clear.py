@@ -21,7 +21,8 @@ def clear_names(
     Args:
         model: holds the targets.
         paths: dotted paths of the targets.
-        given: names of parameters of their forward, or of leaves, such as `args[1]`.
+        given: names of parameters of their forward, or of leaves, such as `args[1]`. Of a part of
+            a graph: the input of the graph of which alone an argument is made.
 
     Raises:
         TargetError: if none of the targets has such a parameter; near names are named.
@@ -29,9 +30,7 @@ def clear_names(
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
         raise TargetError(f"clear_inputs={given!r} is not a list of names of arguments.")
-    known = dict.fromkeys(
-        name for p in paths for name in inspect.signature(model.get_submodule(p).forward).parameters
-    )
+    known = dict.fromkeys(name for p in paths for name in _parameters(model.get_submodule(p)))
     missing = [n for n in names if n not in known and not re.match(r"(kw)?args\[", n)]
     if missing:
         raise TargetError(
@@ -52,6 +51,12 @@ def parameter_of(module: nn.Module, leaf: str) -> str:
     if position is None:
         keyword = re.match(r"kwargs\['(\w+)'\]", leaf)
         return keyword[1] if keyword else leaf
-    names = list(inspect.signature(module.forward).parameters)
+    names = _parameters(module)
     number = int(position[1])
     return names[number] if number < len(names) else leaf
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """Return the names of a module's arguments; parts of graphs have them beside their forward."""
+    names = getattr(module, "argument_names", None)
+    return list(inspect.signature(module.forward).parameters if names is None else names)

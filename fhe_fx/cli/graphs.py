@@ -16,6 +16,7 @@ from fhe_fx.cli.lowering import DUMP, lowered, pipeline_of
 from fhe_fx.cli.options import (
     AsJson,
     Calibration,
+    ClearInputs,
     Heads,
     MaxCost,
     MaxError,
@@ -76,6 +77,7 @@ def graph(
     n_bits: NBits = 4,
     tokens: Tokens = None,
     heads: Heads = None,
+    clear_input: ClearInputs = None,
     calibration: Calibration = None,
     p_error: PError = None,
     max_error: MaxError = None,
@@ -105,7 +107,7 @@ def graph(
             lengths = (tokens,) if tokens else None
             lowered(
                 source, [submodule], n_bits, lengths, heads, calibration, budget, seed, passes,
-                is_one=True,
+                is_one=True, clear_inputs=clear_input,
             )  # fmt: skip
             snapshots = read_snapshots(dump)
     if html is not None:

@@ -15,6 +15,7 @@ from fhe_fx.cli.lowering import encrypted_model, language_model
 from fhe_fx.cli.options import (
     AsJson,
     Calibration,
+    ClearInputs,
     Heads,
     MaxCost,
     MaxError,
@@ -55,6 +56,7 @@ def generate(
         ),
     ] = None,
     heads: Heads = None,
+    clear_input: ClearInputs = None,
     mode: Annotated[str, typer.Option(help="clear, simulate or execute.")] = "clear",
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens to write at most.")] = 5,
     temperature: Annotated[
@@ -92,14 +94,14 @@ def generate(
         )
     Sampling(temperature, top_k, seed)
     with progress("loading the model") as show:
-        named = language_model(model, seed)
+        named = language_model(model, seed, clear_input)
         tokenizer = named.tokenizer()
         ids = tokenizer(prompt)["input_ids"]
         lengths = lengths_of(tokens) if tokens else lengths_for(len(ids), max_new_tokens)
         rows_read(len(ids), max_new_tokens, max(lengths), outgrown)
         show("lowering the model")
         encrypted = encrypted_model(
-            named, submodule, n_bits, lengths, heads, calibration, budget, seed
+            named, submodule, n_bits, lengths, heads, calibration, budget, seed, clear_input
         )
         if mode != "clear":
             show("compiling")
@@ -195,6 +197,7 @@ def evaluate(
     n_bits: Annotated[str, typer.Option(help="Settings, as in 4, 2,4,6 or 2..8.")] = "4",
     tokens: Annotated[int, typer.Option(help="Rows of the circuit.")] = 8,
     heads: Heads = None,
+    clear_input: ClearInputs = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Sentences, one a line; else the model writes its own."),
@@ -232,7 +235,7 @@ def evaluate(
         bits[0], seed, budget_of(p_error, max_error, max_cost, target_agreement, rule)
     )
     with progress("loading the model") as show:
-        named = language_model(model, seed)
+        named = language_model(model, seed, clear_input)
         assert named.module is not None
         resolve_targets(named.module, submodule)
         found = evaluate_submodule(
@@ -241,6 +244,7 @@ def evaluate(
             n_bits=bits,
             tokens=tokens,
             heads=chosen,
+            clear_inputs=clear_input or (),
             data=read_texts(data, named.tokenizer(), tokens, long) if data else None,
             sentences=sentences,
             calibration=load_calibration(calibration, named) if calibration else None,
@@ -274,6 +278,7 @@ def inspect(
     n_bits: NBits = 4,
     tokens: Annotated[int, typer.Option(help="Rows of the circuit.")] = 8,
     heads: Heads = None,
+    clear_input: ClearInputs = None,
     data: Annotated[
         Path | None, typer.Option(help="Sentences, one a line; else the model writes its own.")
     ] = None,
@@ -310,7 +315,7 @@ def inspect(
         )
     check_places(html=html, graph=graph)
     with progress("loading the model") as show:
-        named = language_model(model, seed)
+        named = language_model(model, seed, clear_input)
         assert named.module is not None
         rows = (
             list(read_texts(data, named.tokenizer(), tokens).rows)
@@ -319,7 +324,7 @@ def inspect(
         )
         show("lowering the model")
         encrypted = encrypted_model(
-            named, submodule, n_bits, (tokens,), heads, calibration, budget, seed
+            named, submodule, n_bits, (tokens,), heads, calibration, budget, seed, clear_input
         )
         inputs = [{"input_ids": row[None]} for row in rows]
         found = fhe_fx.inspect(encrypted, inputs, mode=mode, threshold=threshold, on_progress=show)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,7 @@ def lowered(
         A region for each circuit; the model that they stand in, or the exported graph; what was
         loaded.
     """
+    from fhe_fx.capture import graph_of_exported
     from fhe_fx.export.models import load_calibration, load_model
 
     if not submodules:
@@ -96,13 +98,12 @@ def lowered(
     pipeline.check()
     options = options_of(n_bits, seed, budget)
     named = load_model(model, seed)
+    is_whole = submodules == [""]
+    is_by_name = bool(clear_inputs) or (calibration is not None and calibration.suffix == ".npz")
+    if named.exported is not None and (is_by_name or is_whole):
+        named = replace(named, module=graph_of_exported(named.exported), exported=None)
     samples = load_calibration(calibration, named) if calibration is not None else None
     if named.exported is not None:
-        if clear_inputs:
-            raise OptionsError(
-                f"--clear-input {clear_inputs[0]}: {model} is an exported program, whose arguments "
-                f"have no names. Give the model that it was."
-            )
         graph, region = _exported_region(
             named.exported, submodules, lengths, chosen, samples, options, pipeline, kept_cache()
         )
@@ -115,12 +116,10 @@ def lowered(
 
     assert named.module is not None
     module = named.module
-    is_whole = submodules == [""]
-    if isinstance(module, fx.GraphModule) and not is_whole:
-        module, submodules = submodules_of(module, submodules)
-    choose: Any = getattr(module, "set_attn_implementation", None)
-    if clear_inputs and choose is not None:
-        choose("eager")  # others leave out a mask that hides nothing
+    if isinstance(module, fx.GraphModule):
+        module, submodules = submodules_of(module, "" if is_whole else submodules)
+        is_whole = False
+    _with_masks(module, clear_inputs)
     paths = [""] if is_whole else resolve_targets(module, submodules)
     if is_one:
         _one(paths)
@@ -177,8 +176,15 @@ def _one(paths: list[str]) -> str:
     return paths[0]
 
 
-def language_model(model: str, seed: int) -> NamedModel:
-    """Load a model that is a module.
+def _with_masks(module: nn.Module, clear_inputs: Sequence[str] | None) -> None:
+    """Let a model of transformers always make its mask: not all do of one that hides nothing."""
+    choose: Any = getattr(module, "set_attn_implementation", None)
+    if clear_inputs and choose is not None:
+        choose("eager")
+
+
+def language_model(model: str, seed: int, clear_inputs: Sequence[str] | None = None) -> NamedModel:
+    """Load a model that is a module; with clear inputs, it makes its masks always.
 
     Raises:
         ModelError: if it is an exported program, or there is none.
@@ -188,6 +194,7 @@ def language_model(model: str, seed: int) -> NamedModel:
     named = load_model(model, seed)
     if named.module is None:
         raise ModelError(f"{model} is an exported program; give the model that it was.")
+    _with_masks(named.module, clear_inputs)
     return named
 
 
@@ -200,6 +207,7 @@ def encrypted_model(
     calibration: Path | None,
     budget: Mapping[str, Any],
     seed: int,
+    clear_inputs: Sequence[str] | None = None,
 ) -> Any:
     """Return a language model with one part encrypted, for each of some lengths."""
     import fhe_fx
@@ -213,6 +221,7 @@ def encrypted_model(
         submodule,
         max_tokens=lengths,
         heads=head_numbers(heads),
+        clear_inputs=clear_inputs or (),
         calibration=load_calibration(calibration, named) if calibration else None,
         options=options_of(n_bits, seed, budget),
         cache=kept_cache(),

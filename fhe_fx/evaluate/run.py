@@ -38,6 +38,7 @@ from fhe_fx.evaluate.texts import (
 )
 from fhe_fx.options import Options
 from fhe_fx.passes import Pipeline
+from fhe_fx.quant.calibration import as_call
 from fhe_fx.report import report_on
 from fhe_fx.report.machine import installed_version, machine_name
 from fhe_fx.runtime.ranges import RangeUse, range_warnings
@@ -63,6 +64,7 @@ def evaluate_submodule(
     n_bits: int | Sequence[int] = 4,
     tokens: int = 8,
     heads: Sequence[int] | None = None,
+    clear_inputs: str | Sequence[str] = (),
     data: Texts | None = None,
     sentences: int = 80,
     calibration: Iterable[Any] | None = None,
@@ -84,6 +86,7 @@ def evaluate_submodule(
         n_bits: one setting, or several.
         tokens: rows of the circuit.
         heads: as in `fhe_fx.encrypt_submodule`.
+        clear_inputs: likewise.
         data: sentences; by default the model writes them, from another seed than calibration's.
         sentences: how many the model writes.
         calibration: model inputs; by default texts that the model writes.
@@ -113,16 +116,17 @@ def evaluate_submodule(
     known = [row for call in inputs for row in _token_rows(call)]
     on_progress(f"running the float model on {len(data.rows)} sentences")
     expected = FloatRun(model, paths, batches(data.rows))
-    run = _Run(model, paths, heads, tokens, inputs, stages, passes, expected)
+    run = _Run(model, paths, heads, clear_inputs, tokens, inputs, stages, passes, expected)
     fixed = {
         "code": digest_of_code(),
         "model": own.digest,
         "targets": paths,
         "heads": heads,
+        "clear_inputs": clear_inputs,
         "tokens": tokens,
         "passes": repr(passes),
         "data": digest_of_rows(data.rows),
-        "calibration": digest_of_rows(known),
+        "calibration": digest_of_rows([t for c in inputs for t in as_call(c).tensors()]),
         "stages": list(stages),
     }
     found: list[SettingResult] = []
@@ -254,10 +258,12 @@ def _make_directory(out: Path | None) -> None:
 
 
 def _token_rows(call: Any) -> list[Tensor]:
-    from fhe_fx.quant.calibration import as_call
-
-    tensors = [t for t in as_call(call).tensors() if not t.is_floating_point()]
-    return list(tensors[0].reshape(-1, tensors[0].shape[-1])) if tensors else []
+    """Return the texts of a calibration input, without masks."""
+    given = as_call(call)
+    named = given.kwargs.get("input_ids")
+    tensors = [t for t in given.tensors() if not t.is_floating_point()]
+    ids = named if isinstance(named, Tensor) else next(iter(tensors), None)
+    return [] if ids is None else list(ids.reshape(-1, ids.shape[-1]))
 
 
 @dataclass
@@ -267,6 +273,7 @@ class _Run:
     model: nn.Module
     paths: list[str]
     heads: Sequence[int] | None
+    clear_inputs: str | Sequence[str]
     tokens: int
     calibration: list[Any]
     stages: Sequence[str]
@@ -284,6 +291,7 @@ class _Run:
                 self.paths,
                 max_tokens=self.tokens,
                 heads=self.heads,
+                clear_inputs=self.clear_inputs,
                 calibration=self.calibration,
                 options=options,
                 passes=self.passes,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -282,17 +283,27 @@ def load_calibration(path: Path, model: NamedModel) -> list[Any]:
 
 def _named_rows(path: Path, model: NamedModel) -> list[dict[str, Tensor]]:
     """Read a call of the model for each row of a file's arrays."""
-    if model.exported is not None or isinstance(model.module, torch.fx.GraphModule):
-        raise CalibrationError(
-            f"{path} names arguments, and a graph has none. Give a .npy file of its only input."
-        )
     arrays = {name: torch.from_numpy(array) for name, array in load_arrays(path).items()}
+    if model.module is not None:
+        _check_names(path, list(arrays), model.module)
     if "input_ids" in arrays:
         _check_vocabulary(path, arrays["input_ids"], model)
     return [
         dict(zip(arrays, (row[None] for row in rows), strict=True))
         for rows in zip(*arrays.values(), strict=True)
     ]
+
+
+def _check_names(path: Path, names: Sequence[str], module: nn.Module) -> None:
+    """Refuse arrays of which the model has no argument."""
+    parameters = inspect.signature(module.forward).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in (n for n in names if n not in parameters):
+        raise CalibrationError(
+            f"{path}: the model has no argument {name!r}.{did_you_mean(name, list(parameters))} "
+            f"Its arguments: {', '.join(parameters)}."
+        )
 
 
 def _check_vocabulary(path: Path, rows: Tensor, model: NamedModel) -> None:

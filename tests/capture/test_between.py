@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fhe_fx
+from fhe_fx.api import encrypted_modules
 from fhe_fx.capture import submodule_between
 from fhe_fx.errors import CaptureError, TargetError
 from fhe_fx.ir import dialect as d
@@ -76,6 +77,24 @@ def test_what_is_cut_out(start: Any, end: Any, inside: list[str], taken: list[st
     ours, theirs = cut(x, y), whole(x, y)
     assert torch.equal(ours[0], theirs[0])
     assert torch.equal(ours[1]["middle"], theirs[1]["middle"])
+
+
+def test_arguments_are_known_by_the_input_that_they_are_made_of() -> None:
+    cut, _ = submodule_between(forked(), ["mul", "right"], "tanh")
+    assert cut.between.argument_names == ("x", "y")  # type: ignore[union-attr]
+    cut, _ = submodule_between(forked(), "tanh", "tanh")
+    assert cut.between.argument_names == ("add",)  # type: ignore[union-attr]
+
+
+def test_all_of_a_graph_is_a_part_too() -> None:
+    whole, inputs = forked(), [(torch.randn(2, 4), torch.randn(2, 4)) for _ in range(8)]
+    encrypted = fhe_fx.encrypt_submodule(whole, "", calibration=inputs, options=FEW)
+    (part,) = encrypted_modules(encrypted)
+    assert part.region.name == "whole"
+    fhe_fx.set_mode(encrypted, "clear")
+    for ours, theirs in ((encrypted(*x), whole(*x)) for x in inputs):
+        torch.testing.assert_close(ours[0], theirs[0], rtol=0.1, atol=0.1)
+        torch.testing.assert_close(ours[1]["middle"], theirs[1]["middle"], rtol=0.1, atol=0.1)
 
 
 def test_weights_go_with_the_nodes_that_read_them() -> None:
