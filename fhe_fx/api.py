@@ -179,8 +179,8 @@ def encrypt_submodule(
     if isinstance(model, fx.GraphModule):
         cut, target = submodules_of(model, target)
         model = cast(M, cut)
-    is_whole = target == ""
-    paths = [""] if is_whole else resolve_targets(model, target)
+    paths = resolve_targets(model, target)
+    is_whole = paths == [""]
     _refuse_encrypted(model, paths)
     _check_weights(model, paths)
     clear = clear_names(model, paths, clear_inputs)

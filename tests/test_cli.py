@@ -438,6 +438,42 @@ def test_inspect_prints_data_and_writes_a_page(tmp_path: Path) -> None:
     )
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model that is cheap to encrypt as a whole."""
+    from transformers import AutoTokenizer
+
+    from tests.models import tiny_gpt2
+
+    place = tmp_path_factory.mktemp("small")
+    AutoTokenizer.from_pretrained(ROOT / "examples/whole_model/model").save_pretrained(place)
+    sizes: dict[str, Any] = {"n_layer": 1, "n_embd": 8, "n_head": 1, "n_inner": 8}
+    tiny_gpt2(vocab_size=512, **sizes).save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect", "evaluate", "report"])
+def test_commands_take_a_model_as_a_whole(
+    command: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given: dict[str, list[Any]] = {
+        "generate": ["--prompt", "I", "--max-new-tokens", 2],
+        "inspect": ["--sentences", 4],
+        "evaluate": ["--sentences", 4, "--modes", "clear", "--out", tmp_path / "out"],
+        "report": ["--backend", "reference"],
+    }
+    result = invoke(command, small, "--submodule", "", "--tokens", 2, *given[command], "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    if command == "evaluate":
+        assert found["targets"] == [""]
+        assert found["settings"][0]["stages"][0]["metrics"]["top1"]["value"] > 0.5
+        return
+    (region,) = found.get("report", found)["regions"]
+    assert region["name"] == "GPT2LMHeadModel"
+
+
 def test_what_a_command_lowered_is_kept_shown_and_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

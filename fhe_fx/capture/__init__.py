@@ -3,7 +3,7 @@
 from fhe_fx.capture.between import submodule_between, submodules_of
 from fhe_fx.capture.clear import clear_names, parameter_of
 from fhe_fx.capture.export import capture, decompose, graph_of, graph_of_exported, program_of
-from fhe_fx.capture.targets import resolve_targets
+from fhe_fx.capture.targets import is_model_itself, resolve_targets
 
 __all__ = [
     "capture",
@@ -11,6 +11,7 @@ __all__ = [
     "decompose",
     "graph_of",
     "graph_of_exported",
+    "is_model_itself",
     "parameter_of",
     "program_of",
     "resolve_targets",

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from fhe_fx.capture.export import is_assertion
-from fhe_fx.capture.targets import resolve_targets
+from fhe_fx.capture.targets import is_model_itself, resolve_targets
 from fhe_fx.errors import CaptureError, TargetError, did_you_mean
 
 __all__ = ["BETWEEN", "submodule_between", "submodules_of"]
@@ -84,7 +84,7 @@ def submodules_of(
         TargetError: as `resolve_targets`.
         CaptureError: if a submodule is not one region of the graph.
     """
-    if target == "":
+    if is_model_itself(target):
         whole, name = _with_submodule(graph_module, _computed(graph_module.graph), WHOLE)
         return whole, [name]
     recorded = {p for n in graph_module.graph.nodes for p in _stack(n)}

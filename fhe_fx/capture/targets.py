@@ -10,7 +10,12 @@ from torch import nn
 
 from fhe_fx.errors import TargetError, did_you_mean
 
-__all__ = ["resolve_targets"]
+__all__ = ["is_model_itself", "resolve_targets"]
+
+
+def is_model_itself(target: str | Sequence[str]) -> bool:
+    """Say whether a target is all of the model."""
+    return target == "" or (not isinstance(target, str) and list(target) == [""])
 
 
 def resolve_targets(model: nn.Module, target: str | Sequence[str]) -> list[str]:
@@ -19,7 +24,8 @@ def resolve_targets(model: nn.Module, target: str | Sequence[str]) -> list[str]:
     Args:
         model: any module.
         target: `"transformer.h.0.attn"`, a unique suffix of a path (`"h.0.attn"`), a glob
-            (`"h.*.attn"`, a suffix too), a regular expression (`"re:.*attn$"`), or a list of these.
+            (`"h.*.attn"`, a suffix too), a regular expression (`"re:.*attn$"`), or a list of these;
+            or `""`, the model itself.
 
     Raises:
         TargetError: if nothing matches (near paths are named), if a suffix is ambiguous (all are
@@ -36,6 +42,13 @@ def resolve_targets(model: nn.Module, target: str | Sequence[str]) -> list[str]:
         )
     if not wanted:
         raise TargetError("The list of targets is empty. Name at least one submodule.")
+    if is_model_itself(target):
+        return [""]
+    if "" in wanted:
+        raise TargetError(
+            "'' is the model itself, in which all other targets lie; a part can be encrypted once. "
+            "Keep '' or the others."
+        )
     found: list[str] = []
     for one in wanted:
         resolved = [names[p] for p in _resolve(type(model).__name__, known, one)]

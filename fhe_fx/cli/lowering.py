@@ -89,7 +89,7 @@ def lowered(
         A region for each circuit; the model that they stand in, or the exported graph; what was
         loaded.
     """
-    from fhe_fx.capture import graph_of_exported
+    from fhe_fx.capture import graph_of_exported, is_model_itself
     from fhe_fx.export.models import load_calibration, load_model
 
     if not submodules:
@@ -98,9 +98,8 @@ def lowered(
     pipeline.check()
     options = options_of(n_bits, seed, budget)
     named = load_model(model, seed)
-    is_whole = submodules == [""]
     is_by_name = bool(clear_inputs) or (calibration is not None and calibration.suffix == ".npz")
-    if named.exported is not None and (is_by_name or is_whole):
+    if named.exported is not None and (is_by_name or is_model_itself(submodules)):
         named = replace(named, module=graph_of_exported(named.exported), exported=None)
     samples = load_calibration(calibration, named) if calibration is not None else None
     if named.exported is not None:
@@ -117,17 +116,16 @@ def lowered(
     assert named.module is not None
     module = named.module
     if isinstance(module, fx.GraphModule):
-        module, submodules = submodules_of(module, "" if is_whole else submodules)
-        is_whole = False
+        module, submodules = submodules_of(module, submodules)
     _with_masks(module, clear_inputs)
-    paths = [""] if is_whole else resolve_targets(module, submodules)
+    paths = resolve_targets(module, submodules)
     if is_one:
         _one(paths)
         if len(lengths or ()) > 1:
             raise OptionsError(f"--tokens {','.join(map(str, lengths or ()))}: give one length.")
     encrypted = fhe_fx.encrypt_submodule(
         module,
-        "" if is_whole else submodules,
+        submodules,
         n_bits=n_bits,
         max_tokens=lengths,
         heads=chosen,

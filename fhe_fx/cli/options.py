@@ -40,16 +40,21 @@ __all__ = [
     "passphrase_of",
 ]
 
+_MODEL_ITSELF = '"" is the model itself, of which the client embeds.'
+
 Submodule = Annotated[
     str | None,
-    typer.Option(help="Part to encrypt: a path, a unique suffix, a glob or re:... that names one."),
+    typer.Option(
+        help="Part to encrypt: a path, a unique suffix, a glob or re:... that names one. "
+        + _MODEL_ITSELF
+    ),
 ]
 Submodules = Annotated[
     list[str] | None,
     typer.Option(
         "--submodule",
-        help='Part to encrypt: a path, a unique suffix, a glob or re:...; once for each. "" is the '
-        "model itself, of which the client embeds.",
+        help="Part to encrypt: a path, a unique suffix, a glob or re:...; once for each. "
+        + _MODEL_ITSELF,
     ),
 ]
 NBits = Annotated[int, typer.Option(help="Bits of a quantized activation.")]

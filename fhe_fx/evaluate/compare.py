@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fhe_fx.evaluate.metrics import Tally, position_sums
 from fhe_fx.evaluate.results import StageResult
@@ -56,7 +57,7 @@ def outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Ten
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[path] = (output[0] if isinstance(output, tuple) else output).detach()
+            found[path] = next(x for x in tree_leaves(output) if isinstance(x, Tensor)).detach()
 
         return hook
 

@@ -90,7 +90,7 @@ def _draw(axes: Any, found: Evaluation, published: Sequence[Series]) -> None:
     axes.set_ylabel("top-1 agreement with float, %")
     part = "" if found.heads is None else f", heads {', '.join(map(str, found.heads))}"
     model = "/".join(Path(found.model).parts[-2:])
-    targets = found.targets[0] if len(found.targets) == 1 else f"{len(found.targets)} submodules"
+    targets = found.parts if len(found.targets) == 1 else f"{len(found.targets)} submodules"
     axes.set_title(
         f"{model}, {targets}{part}\n{found.sentences} sentences, {found.positions} positions, "
         f"at most {found.tokens} tokens; 95 % intervals",

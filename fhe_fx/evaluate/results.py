@@ -77,7 +77,7 @@ class Evaluation:
     model: str
     """Its name, or its class."""
     targets: tuple[str, ...]
-    """Paths of the encrypted submodules."""
+    """Paths of the encrypted submodules; "" is the model itself."""
     heads: tuple[int, ...] | None
     """The heads that are encrypted; None for the whole submodule."""
     tokens: int
@@ -99,6 +99,11 @@ class Evaluation:
     warnings: tuple[str, ...] = field(default_factory=tuple)
     """What speaks against trusting all settings alike."""
 
+    @property
+    def parts(self) -> str:
+        """What is encrypted, in words."""
+        return ", ".join(self.targets) or "as a whole"
+
     def all_warnings(self) -> list[str]:
         """Return the warnings of all settings, each naming its setting."""
         own = [f"n_bits={s.n_bits}: {text}" for s in self.settings for text in s.warnings]
@@ -114,7 +119,7 @@ class Evaluation:
             f"{'perplexity':>10}  {'KL':>8}  {'error':>6}  {'look-ups':>8}"
         )
         lines = [
-            f"{self.model} {', '.join(self.targets)}{heads}, {self.tokens} tokens",
+            f"{self.model} {self.parts}{heads}, {self.tokens} tokens",
             f"{texts}; perplexity in float {perplexity or 'unknown'}",
             columns,
         ]

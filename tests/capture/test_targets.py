@@ -48,6 +48,11 @@ def test_what_a_target_names(gpt2: Any, target: Any, found: list[str] | None) ->
         assert paths == found
 
 
+@pytest.mark.parametrize("target", ["", [""]])
+def test_the_model_itself(gpt2: Any, target: Any) -> None:
+    assert resolve_targets(gpt2, target) == [""]
+
+
 def test_a_suffix_works_on_both_gpt2_classes(gpt2: Any, base: Any) -> None:
     assert resolve_targets(base, "h.0.attn") == ["h.0.attn"]
     assert resolve_targets(gpt2, "h.0.attn") == ["transformer.h.0.attn"]
@@ -83,7 +88,13 @@ def test_a_suffix_is_made_of_whole_names(gpt2: Any) -> None:
         ),
         ("h.*.zzzzzzzz", "GPT2LMHeadModel has no submodule 'h.*.zzzzzzzz'."),
         ("re:zzz", "GPT2LMHeadModel has no submodule 're:zzz'."),
-        ("", "GPT2LMHeadModel has no submodule ''."),
+        (
+            ["", "h.0"],
+            (
+                "'' is the model itself, in which all other targets lie; a part can be encrypted "
+                "once. Keep '' or the others."
+            ),
+        ),
         (
             "re:(",
             "'re:(' is not a regular expression: missing ), unterminated subpattern at position 0.",

@@ -116,6 +116,36 @@ def test_several_submodules_at_once(cache: Path) -> None:
     assert found.settings[0].look_ups > one.settings[0].look_ups
 
 
+def test_a_model_is_evaluated_as_a_whole(cache: Path) -> None:
+    """As it is encrypted as a whole: the same figures as sentence by sentence, short ones too."""
+    sizes: dict[str, Any] = {"n_layer": 1, "n_embd": 8, "n_head": 1, "n_inner": 8, "vocab_size": 16}
+    model = tiny_gpt2(**sizes)
+    rows = [(a + b * torch.arange(2 + a % 2)) % 16 for a in range(16) for b in (3, 7)]
+    calibration = [(a + b * torch.arange(3))[None] % 16 for a in range(16) for b in (5, 11)]
+    found = evaluate_submodule(
+        model,
+        "",
+        tokens=3,
+        data=Texts(tuple(rows), "sequences"),
+        calibration=calibration,
+        stages=["clear"],
+    )
+    encrypted = fhe_fx.encrypt_submodule(model, "", max_tokens=3, calibration=calibration)
+    fhe_fx.set_mode(encrypted, "clear")
+    with torch.no_grad():
+        pairs = [[m(input_ids=row[None]).logits for m in (encrypted, model)] for row in rows]
+    error = sum(float((a - b).square().sum()) for a, b in pairs)
+    size = sum(float(b.square().sum()) for _, b in pairs)
+    (setting,) = found.settings
+    measured = setting.stage("clear").metrics
+    assert measured["relative_error"].value == pytest.approx((error / size) ** 0.5, rel=1e-4)
+    same = [bool(x) for a, b in pairs for x in (a.argmax(-1) == b.argmax(-1)).flatten()]
+    assert measured["top1"].value == pytest.approx(sum(same) / len(same))
+    assert setting.look_ups == fhe_fx.report(encrypted).regions[0].look_ups
+    assert found.targets == ("",)
+    assert found.table().startswith("GPT2LMHeadModel as a whole, 3 tokens\n")
+
+
 def test_an_interrupted_evaluation_goes_on(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
