@@ -45,8 +45,9 @@ from fhe_fx.runtime.generate import generate
 from fhe_fx.runtime.keyring import Keyring, LoweredAlike
 from fhe_fx.runtime.ladder import Ladder
 from fhe_fx.runtime.lower import Lowerer, lower_region, run_pipeline
-from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
+from fhe_fx.runtime.module import EncryptedModule
 from fhe_fx.runtime.region import Region, as_given
+from fhe_fx.runtime.signature import Signature, keyed_leaves
 from fhe_fx.runtime.standin import StandIn, encrypted_modules, put, stand_ins
 from fhe_fx.runtime.whole import Whole, called_as
 

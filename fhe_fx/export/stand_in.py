@@ -24,7 +24,8 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.passes.partition import ENCRYPTED
 from fhe_fx.runtime.client import ClientModule, ClientRegion
 from fhe_fx.runtime.codec import Codec
-from fhe_fx.runtime.module import EncryptedModule, Signature
+from fhe_fx.runtime.module import EncryptedModule
+from fhe_fx.runtime.signature import Signature
 
 __all__ = ["STAND_IN_FILES", "client_module", "client_tensors", "stand_in_files"]
 
@@ -148,7 +149,7 @@ def _causal_under_clear(module: EncryptedModule) -> dict[str, list[tuple[int, in
                 continue
             seen.add(b"".join(told))
             with contextlib.suppress(InputError):  # such a call is refused
-                digest, axes = module.asked_of(inputs)
+                digest, axes = module.fitting.asked_of(inputs)
                 proved[digest] = sorted(axes.items())
     return proved
 

@@ -12,8 +12,10 @@ from fhe_fx.errors import ArtifactError, InputError, OptionsError
 from fhe_fx.ir.program import Program
 from fhe_fx.runtime.causality import digest_of_clear
 from fhe_fx.runtime.codec import Codec
-from fhe_fx.runtime.module import EncryptedModule, Signature, keyed_leaves
+from fhe_fx.runtime.fitting import Fitted
+from fhe_fx.runtime.module import EncryptedModule
 from fhe_fx.runtime.region import MODES, Region, Remote, run_composed
+from fhe_fx.runtime.signature import Signature, keyed_leaves
 
 __all__ = ["ClientModule", "ClientRegion"]
 
@@ -147,7 +149,7 @@ class ClientModule(EncryptedModule):
         changed: Sequence[str],
         args: Sequence[Any],
         kwargs: dict[str, Any],
-        *rest: Any,
+        fitted: Fitted,
     ) -> None:
         """Refuse arguments other than the recorded ones: there is no float submodule to ask."""
         given, known = keyed_leaves(args, kwargs), self.signature.others

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from fhe_fx.errors import CaptureError
-from fhe_fx.runtime.module import EncryptedModule, keyed_leaves
+from fhe_fx.runtime.module import EncryptedModule
+from fhe_fx.runtime.signature import keyed_leaves
 from fhe_fx.runtime.standin import StandIn
 
 __all__ = ["Ladder"]
