@@ -340,6 +340,18 @@ def test_a_head_takes_its_rotary_embedding_along() -> None:
     assert shapes == [(1, 4, n_channels)]
 
 
+@pytest.mark.parametrize("heads", [None, [1]])
+def test_attention_of_one_token_is_affine(heads: Any) -> None:
+    """No score is read; what is looked up is a sum, as itself, before it is weighted again."""
+    model, words = tiny_gpt2(), torch.arange(40).view(40, 1)
+    result = fhe_fx.encrypt_submodule(
+        model, "h.0.attn", heads=heads, calibration=words, options=Options(n_samples=40)
+    )
+    assert {n.function for n in fhe_fx.report(result).regions[0].nodes} <= {"map[]"}
+    assert torch.equal(result(words).logits, model(words).logits)
+    assert 0 < _relative(_clear(result)(words).logits, model(words).logits) < 0.02
+
+
 @pytest.mark.parametrize("heads", [[2], [-1], [0, 0], []])
 def test_heads_that_do_not_exist(heads: list[int]) -> None:
     with pytest.raises(TargetError) as caught:

@@ -3,7 +3,7 @@
 Exact. lse(a, b) = a + softplus(b - a) folds a row in a balanced tree, one look-up per entry but
 one; p = exp(s - lse) is one more. No division, no maximum, no sum of exponentials with a huge
 dynamic range. Entries that a constant mask hides are not even gathered, and a row with a single
-live entry is the constant 1.
+live entry is the constant 1; where all rows are, as of a single token, they weigh as constants.
 """
 
 from __future__ import annotations
@@ -40,8 +40,25 @@ class LowerSoftmax(Pass):
         """Rewrite each softmax."""
         nodes = program.calls(MASKED_SOFTMAX)
         for node in nodes:
-            program.replace(node, self._rewrite(program.before(node, self), node))
+            if (weights := _constant_weights(node)) is not None:
+                self._weigh(program, node, weights)
+            if node.users:
+                program.replace(node, self._rewrite(program.before(node, self), node))
         return bool(nodes)
+
+    def _weigh(self, program: Program, node: fx.Node, weights: Tensor) -> None:
+        """Multiply what a softmax weighs by the constants that it is."""
+        common = _common_mask(weights)
+        turned = (weights if common is None else common).transpose(-2, -1).clone()
+        is_identity = torch.equal(turned, torch.eye(turned.shape[-1]))
+        for user in list(node.users):
+            if not (d.is_call(user, d.MATMUL) and user.args[0] is node):
+                continue
+            b, weighed = program.before(user, self), d.input_node(user, 1)
+            if not is_identity:
+                turned_back = b.linear(b.transpose(weighed, -2, -1), turned)
+                weighed = b.transpose(turned_back, -2, -1)
+            program.replace(user, weighed)
 
     def _rewrite(self, b: Builder, node: fx.Node) -> fx.Node:
         shape = d.shape_of(node)
@@ -86,6 +103,14 @@ class LowerSoftmax(Pass):
             lists = [[place[e] for e in entries if e in place] for entries in lists]
             x = folded
         return b.index_select(x, -1, torch.tensor([entries[0] for entries in lists]))
+
+
+def _constant_weights(node: fx.Node) -> Tensor | None:
+    """Return a softmax that no score can change, of rows with one live entry at most; else None."""
+    softmax = MaskedSoftmax.of(node)
+    live = softmax.live.expand(d.shape_of(node))
+    is_constant = not softmax.is_log and not bool((live.sum(-1) > 1).any())
+    return live.float() if is_constant else None
 
 
 def _common_mask(live: Tensor) -> Tensor | None:

@@ -115,14 +115,18 @@ class Plan:
 
     def __str__(self) -> str:
         runs = sorted(Counter(n for n in self.circuits if n is not None).items())
-        text = f"{len(self.rows)} new token{'' if len(self.rows) == 1 else 's'}"
+        text = _counted(len(self.rows), "new token")
         if runs:
-            listed = [f"{k} {'run' if k == 1 else 'runs'} of {n} tokens" for n, k in runs]
+            listed = [f"{_counted(k, 'run')} of {_counted(n, 'token')}" for n, k in runs]
             text += f": {', '.join(listed)}"
         if self.slides_from is not None:
             window = f"the model reads the last {max(self.rows)} only"
             text += f"; from new token {self.slides_from + 1} on {window}"
         return text
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def rows_read(

@@ -67,6 +67,28 @@ def test_a_row_with_one_live_entry_is_the_constant_one(check_pass: CheckPass) ->
     )
 
 
+def test_a_softmax_of_single_entries_weighs_by_constants(check_pass: CheckPass) -> None:
+    """As of an attention of one token: no score is read, and what it makes is affine."""
+    check_pass(
+        LowerSoftmax(),
+        lambda b, x: b.matmul(b.masked_softmax(x, torch.eye(3, dtype=torch.bool).flip(0)), x),
+        inputs=[S],
+        before="""
+            %0 = input()
+            %1 = masked_softmax(%0, bool[3, 3], False)
+            %2 = matmul(%1, %0)
+            return %2
+        """,
+        after="""
+            %0 = input()
+            %1 = permute(%0, [1, 0])
+            %2 = linear(%1, float[3, 3])
+            %3 = permute(%2, [1, 0])
+            return %3
+        """,
+    )
+
+
 def test_a_product_is_no_softmax(check_pass: CheckPass) -> None:
     check_pass(
         LowerSoftmax(),
