@@ -361,6 +361,17 @@ def test_heads_that_do_not_exist(heads: list[int]) -> None:
     )
 
 
+@pytest.mark.parametrize("target", ["", "transformer"])
+def test_heads_of_several_attentions(target: str) -> None:
+    with pytest.raises(TargetError) as caught:
+        fhe_fx.encrypt_submodule(tiny_gpt2(), target, heads=[0], max_tokens=4, options=FEW)
+    assert str(caught.value) == (
+        f"{target or 'GPT2LMHeadModel'} holds 2 attentions, and between heads=[0] of one and of "
+        f"the next the client would have to compute; a circuit cannot stop for it. Choose one "
+        f"attention, or a list of them, each a part of its own."
+    )
+
+
 def test_heads_of_what_is_no_attention() -> None:
     with pytest.raises(TargetError) as caught:
         fhe_fx.encrypt_submodule(tiny_gpt2(), "h.0.mlp", heads=[0], max_tokens=4, options=FEW)

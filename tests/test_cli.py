@@ -438,6 +438,17 @@ def test_inspect_prints_data_and_writes_a_page(tmp_path: Path) -> None:
     )
 
 
+def test_every_submodule_that_is_named_is_encrypted(tmp_path: Path) -> None:
+    """Not the last one alone."""
+    parts = ["--submodule", "h.0.mlp", "--submodule", "h.1.mlp", "--tokens", "2"]
+    given = ["inspect", SHIPPED, *parts, "--data", Path(SHIPPED) / "heldout.txt"]
+    regions = json.loads(invoke(*given, "--json").stdout)["regions"]
+    assert [r["name"] for r in regions] == ["transformer.h.0.mlp", "transformer.h.1.mlp"]
+    assert refused(*given, "--graph", tmp_path / "graph.html") == (
+        "error: --submodule names 2 parts: transformer.h.0.mlp, transformer.h.1.mlp. Give one here."
+    )
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model that is cheap to encrypt as a whole."""

@@ -25,7 +25,7 @@ from fhe_fx.cli.options import (
     PError,
     Rules,
     Seed,
-    Submodule,
+    Submodules,
     TargetAgreement,
     Tokens,
     budget_of,
@@ -73,7 +73,7 @@ def graph(
     html: Annotated[Path | None, typer.Option(help="A page to write: all steps, folded.")] = None,
     svg: Annotated[Path | None, typer.Option(help="A picture to write of the last step.")] = None,
     level: Annotated[str, typer.Option(help="Of the picture: modules, lines or nodes.")] = "nodes",
-    submodule: Submodule = None,
+    submodule: Submodules = None,
     n_bits: NBits = 4,
     tokens: Tokens = None,
     heads: Heads = None,
@@ -106,7 +106,7 @@ def graph(
         with progress("loading and lowering the model"), _dumping() as dump:
             lengths = (tokens,) if tokens else None
             lowered(
-                source, [submodule], n_bits, lengths, heads, calibration, budget, seed, passes,
+                source, submodule, n_bits, lengths, heads, calibration, budget, seed, passes,
                 is_one=True, clear_inputs=clear_input,
             )  # fmt: skip
             snapshots = read_snapshots(dump)

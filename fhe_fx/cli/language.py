@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from fhe_fx.cli.command import app
-from fhe_fx.cli.lowering import encrypted_model, language_model
+from fhe_fx.cli.lowering import encrypted_model, language_model, only_part
 from fhe_fx.cli.options import (
     AsJson,
     Calibration,
@@ -24,13 +24,14 @@ from fhe_fx.cli.options import (
     PError,
     Rules,
     Seed,
-    Submodule,
+    Submodules,
     TargetAgreement,
     budget_of,
     check_places,
     head_numbers,
     lengths_of,
     options_of,
+    parts_of,
 )
 from fhe_fx.cli.talk import interruptibly, print_json, print_text, progress, say
 from fhe_fx.errors import OptionsError
@@ -47,7 +48,7 @@ T = TypeVar("T")
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
-    submodule: Submodule = None,
+    submodule: Submodules = None,
     n_bits: NBits = 4,
     tokens: Annotated[
         str | None,
@@ -87,6 +88,7 @@ def generate(
     from fhe_fx.runtime.ranges import range_warnings
 
     budget = budget_of(p_error, max_error, max_cost, target_agreement, rule)
+    parts = parts_of(submodule)
     modes = ("clear", "simulate", "execute")
     if mode not in modes:
         raise OptionsError(
@@ -101,7 +103,7 @@ def generate(
         rows_read(len(ids), max_new_tokens, max(lengths), outgrown)
         show("lowering the model")
         encrypted = encrypted_model(
-            named, submodule, n_bits, lengths, heads, calibration, budget, seed, clear_input
+            named, parts, n_bits, lengths, heads, calibration, budget, seed, clear_input
         )
         if mode != "clear":
             show("compiling")
@@ -193,7 +195,7 @@ class _Written:
 def evaluate(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory of results; what it holds is not redone.")],
-    submodule: Submodule = None,
+    submodule: Submodules = None,
     n_bits: Annotated[str, typer.Option(help="Settings, as in 4, 2,4,6 or 2..8.")] = "4",
     tokens: Annotated[int, typer.Option(help="Rows of the circuit.")] = 8,
     heads: Heads = None,
@@ -229,18 +231,17 @@ def evaluate(
     from fhe_fx.export.models import load_calibration
 
     bits, stages, chosen = parse_bits(n_bits), parse_modes(modes), head_numbers(heads)
-    if submodule is None:
-        raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
+    parts = parts_of(submodule)
     options = options_of(
         bits[0], seed, budget_of(p_error, max_error, max_cost, target_agreement, rule)
     )
     with progress("loading the model") as show:
         named = language_model(model, seed, clear_input)
         assert named.module is not None
-        resolve_targets(named.module, submodule)
+        resolve_targets(named.module, parts)
         found = evaluate_submodule(
             named.module,
-            submodule,
+            parts,
             n_bits=bits,
             tokens=tokens,
             heads=chosen,
@@ -274,7 +275,7 @@ def evaluate(
 @app.command()
 def inspect(
     model: Model,
-    submodule: Submodule = None,
+    submodule: Submodules = None,
     n_bits: NBits = 4,
     tokens: Annotated[int, typer.Option(help="Rows of the circuit.")] = 8,
     heads: Heads = None,
@@ -304,11 +305,13 @@ def inspect(
 ) -> None:
     """Show float beside integer at every node: where the error comes from, and the cost."""
     import fhe_fx
+    from fhe_fx.capture import resolve_targets
     from fhe_fx.errors import did_you_mean
     from fhe_fx.evaluate.texts import read_texts, sample_texts
     from fhe_fx.inspection.inspect import MODES
 
     budget = budget_of(p_error, max_error, max_cost, target_agreement, rule)
+    parts = parts_of(submodule)
     if mode not in MODES:
         raise OptionsError(
             f"--mode {mode!r} is not one of {', '.join(MODES)}.{did_you_mean(mode, MODES)}"
@@ -317,6 +320,9 @@ def inspect(
     with progress("loading the model") as show:
         named = language_model(model, seed, clear_input)
         assert named.module is not None
+        paths = resolve_targets(named.module, parts)
+        if graph is not None:
+            only_part(paths)
         rows = (
             list(read_texts(data, named.tokenizer(), tokens).rows)
             if data
@@ -324,7 +330,7 @@ def inspect(
         )
         show("lowering the model")
         encrypted = encrypted_model(
-            named, submodule, n_bits, (tokens,), heads, calibration, budget, seed, clear_input
+            named, parts, n_bits, (tokens,), heads, calibration, budget, seed, clear_input
         )
         inputs = [{"input_ids": row[None]} for row in rows]
         found = fhe_fx.inspect(encrypted, inputs, mode=mode, threshold=threshold, on_progress=show)

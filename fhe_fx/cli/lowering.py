@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fhe_fx.cli.options import head_numbers, options_of
+from fhe_fx.cli.options import head_numbers, options_of, parts_of
 from fhe_fx.errors import OptionsError, TargetError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = [
     "kept_cache",
     "language_model",
     "lowered",
+    "only_part",
     "pipeline_of",
 ]
 
@@ -92,8 +93,7 @@ def lowered(
     from fhe_fx.capture import graph_of_exported, is_model_itself
     from fhe_fx.export.models import load_calibration, load_model
 
-    if not submodules:
-        raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
+    submodules = parts_of(submodules)
     chosen, pipeline = head_numbers(heads), pipeline_of(passes)
     pipeline.check()
     options = options_of(n_bits, seed, budget)
@@ -120,7 +120,7 @@ def lowered(
     _with_masks(module, clear_inputs)
     paths = resolve_targets(module, submodules)
     if is_one:
-        _one(paths)
+        only_part(paths)
         if len(lengths or ()) > 1:
             raise OptionsError(f"--tokens {','.join(map(str, lengths or ()))}: give one length.")
     encrypted = fhe_fx.encrypt_submodule(
@@ -153,7 +153,7 @@ def _exported_region(
     from fhe_fx.runtime.lower import run_pipeline
 
     whole = open_exported(exported)
-    path = _one([path for s in submodules for path in exported_targets(whole, s)])
+    path = only_part([path for s in submodules for path in exported_targets(whole, s)])
     shape = d.shape_of(whole.placeholders[0])
     if lengths is not None and (len(shape) < 2 or lengths != (shape[1],)):
         asked = ",".join(map(str, lengths))
@@ -166,7 +166,12 @@ def _exported_region(
     return whole, region
 
 
-def _one(paths: list[str]) -> str:
+def only_part(paths: list[str]) -> str:
+    """Return the only one of the parts that `--submodule` names.
+
+    Raises:
+        TargetError: if it names several.
+    """
     if len(paths) > 1:
         raise TargetError(
             f"--submodule names {len(paths)} parts: {', '.join(paths[:8])}. Give one here."
@@ -198,7 +203,7 @@ def language_model(model: str, seed: int, clear_inputs: Sequence[str] | None = N
 
 def encrypted_model(
     named: NamedModel,
-    submodule: str | None,
+    submodules: list[str],
     n_bits: int,
     lengths: tuple[int, ...],
     heads: str | None,
@@ -207,16 +212,14 @@ def encrypted_model(
     seed: int,
     clear_inputs: Sequence[str] | None = None,
 ) -> Any:
-    """Return a language model with one part encrypted, for each of some lengths."""
+    """Return a language model with parts encrypted, for each of some lengths."""
     import fhe_fx
     from fhe_fx.export.models import load_calibration
 
-    if submodule is None:
-        raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
     assert named.module is not None
     return fhe_fx.encrypt_submodule(
         named.module,
-        submodule,
+        submodules,
         max_tokens=lengths,
         heads=head_numbers(heads),
         clear_inputs=clear_inputs or (),

@@ -28,7 +28,6 @@ __all__ = [
     "PassphraseFile",
     "Rules",
     "Seed",
-    "Submodule",
     "Submodules",
     "TargetAgreement",
     "Tokens",
@@ -37,24 +36,16 @@ __all__ = [
     "head_numbers",
     "lengths_of",
     "options_of",
+    "parts_of",
     "passphrase_of",
 ]
 
-_MODEL_ITSELF = '"" is the model itself, of which the client embeds.'
-
-Submodule = Annotated[
-    str | None,
-    typer.Option(
-        help="Part to encrypt: a path, a unique suffix, a glob or re:... that names one. "
-        + _MODEL_ITSELF
-    ),
-]
 Submodules = Annotated[
     list[str] | None,
     typer.Option(
         "--submodule",
-        help="Part to encrypt: a path, a unique suffix, a glob or re:...; once for each. "
-        + _MODEL_ITSELF,
+        help='Part to encrypt: a path, a unique suffix, a glob or re:...; once for each. "" is the '
+        "model itself, of which the client embeds.",
     ),
 ]
 NBits = Annotated[int, typer.Option(help="Bits of a quantized activation.")]
@@ -139,6 +130,17 @@ def head_numbers(heads: str | None) -> list[int] | None:
         raise OptionsError(
             f"--heads {heads!r} is not a list of numbers. Write 0, or 0,3."
         ) from None
+
+
+def parts_of(submodules: list[str] | None) -> list[str]:
+    """Return what `--submodule` names.
+
+    Raises:
+        OptionsError: if it is left out.
+    """
+    if not submodules:
+        raise OptionsError("Give the part to encrypt: --submodule h.0.attn")
+    return submodules
 
 
 def lengths_of(text: str) -> tuple[int, ...]:

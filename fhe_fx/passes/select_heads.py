@@ -15,12 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fhe_fx.errors import TargetError
+from fhe_fx.errors import CaptureError, TargetError
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
 from fhe_fx.ir.chains import AffineChain
 from fhe_fx.ir.ops import GATE, MASKED_SOFTMAX, SCALE, SHIFT
 from fhe_fx.ir.program import Program
+from fhe_fx.passes.annotate import check_convex
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.passes.sink_selections import SinkSelections
 
@@ -43,7 +44,8 @@ class SelectHeads(Pass):
         """Rewrite, then mark.
 
         Raises:
-            TargetError: if there is no attention, or a head that does not exist is named.
+            TargetError: if there is no attention, a head that does not exist is named, or heads of
+                several attentions are not one region.
         """
         SinkSelections().run(program)
         cores = [core for core in map(_Core.of, program.calls(d.MATMUL)) if core is not None]
@@ -57,6 +59,15 @@ class SelectHeads(Pass):
         program.clean()
         SinkSelections().run(program)
         self._mark(program, chosen)
+        try:
+            check_convex(program, program.name)
+        except CaptureError as error:
+            raise TargetError(
+                f"{program.name} holds {len(cores)} attentions, and between "
+                f"heads={list(self.heads)} of one and of the next the client would have to "
+                f"compute; a circuit cannot stop for it. Choose one attention, or a list of them, "
+                f"each a part of its own."
+            ) from error
         return True
 
     def _split(self, program: Program, core: _Core) -> fx.Node:
