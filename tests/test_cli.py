@@ -438,6 +438,18 @@ def test_inspect_prints_data_and_writes_a_page(tmp_path: Path) -> None:
     )
 
 
+def test_a_tied_model_as_a_whole_is_refused_before_it_is_compiled(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fhe_fx.runtime.region.Region.circuit", lambda _: pytest.fail("compiled"))
+    given = ["export", small, "--submodule", "", "--tokens", 2, "--out", tmp_path / "out"]
+    result = invoke(*given)
+    assert result.exit_code == 2
+    assert "GPT2LMHeadModel.transformer.wte.weight is encrypted, and the client's part holds" in (
+        result.stderr
+    )
+
+
 def test_every_submodule_that_is_named_is_encrypted(tmp_path: Path) -> None:
     """Not the last one alone."""
     parts = ["--submodule", "h.0.mlp", "--submodule", "h.1.mlp", "--tokens", "2"]

@@ -113,8 +113,36 @@ def test_graphs_know_their_inputs_by_name(file: str, part: list[Any], graphs: Pa
     assert "Its arguments: x, mask." in refused(*given, *calls, "--clear-input", "maks")
     told = refused(*given, "--calibration", graphs / "wrong.npz", "--clear-input", "mask")
     assert told == (
-        f"error: {graphs / 'wrong.npz'}: the model has no argument 'msk'. Did you mean 'mask'? "
-        f"Its arguments: x, mask."
+        f"error: {graphs / 'wrong.npz'}: the graph has no input 'msk'. Did you mean 'mask'? The "
+        f"graph takes x [1, 3, 4], mask [1, 3, 3]."
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_refuses_calls_that_no_graph_takes(graphs: Path) -> None:
+    given = ("report", graphs / "model.onnx", "--submodule", "part", "--clear-input", "mask")
+    takes = "The graph takes x [1, 3, 4], mask [1, 3, 3]."
+    assert refused(*given) == (
+        f"error: {graphs / 'model.onnx'} is run as a graph, which writes no calibration inputs of "
+        f"its own. Give them: --calibration x.npy, an array [n, *input shape], or a .npz with an "
+        f"array for each of x, mask."
+    )
+    assert refused(*given, "--tokens", 2) == (
+        "error: --tokens 2: the graph takes [1, 3, 4] and [1, 3, 3], and shapes are fixed in a "
+        ".pt2 or .onnx. Leave --tokens out, or export with 2 tokens."
+    )
+    arrays = dict(np.load(graphs / "calls.npz"))
+    np.save(graphs / "x.npy", arrays["x"])
+    np.savez(graphs / "short.npz", x=arrays["x"][:, :2], mask=arrays["mask"])
+    assert refused(*given, "--calibration", graphs / "x.npy") == (
+        f"error: {graphs / 'x.npy'} holds no array for the input 'mask'. {takes} Give a .npz with "
+        f"an array for each."
+    )
+    assert refused(*given, "--calibration", graphs / "short.npz") == (
+        f"error: {graphs / 'short.npz'}: rows of 'x' have shape [2, 4]. {takes}"
+    )
+    assert refused("inspect", *given[1:]).startswith(
+        f"error: {graphs / 'model.onnx'} holds a graph, which has one length and no tokenizer;"
     )
 
 

@@ -78,7 +78,7 @@ def export(
     Each part has a circuit for each length; they share keys where their parameters allow it.
     """
     from fhe_fx.evaluate.results import card_figures
-    from fhe_fx.export import FILES, check_destination, export_region, save
+    from fhe_fx.export import FILES, check_apart, check_destination, export_region, save
     from fhe_fx.ir.program import Program
 
     budget = budget_of(p_error, max_error, max_cost, target_agreement, rule)
@@ -102,6 +102,8 @@ def export(
             if as_json:
                 print_json({"onnx": str(onnx), **(onnx_manifest or {})})
             return
+        if not (isinstance(whole, Program) or circuit_only):
+            check_apart(whole)
         show("compiling")
         for cost in costs_of(regions, [region.circuit().facts for region in regions]):
             say(cost.line())

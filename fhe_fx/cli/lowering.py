@@ -112,11 +112,20 @@ def lowered(
     import fhe_fx
     from fhe_fx.api import encrypted_modules
     from fhe_fx.capture import resolve_targets, submodules_of
+    from fhe_fx.export.graph_inputs import inputs_of_graph
 
     assert named.module is not None
     module = named.module
     if isinstance(module, fx.GraphModule):
         module, submodules = submodules_of(module, submodules)
+        inputs = inputs_of_graph(module)
+        _check_fixed(lengths, [tuple(x.shape) for x in inputs.values()])
+        if samples is None:
+            raise OptionsError(
+                f"{model} is run as a graph, which writes no calibration inputs of its own. Give "
+                f"them: --calibration x.npy, an array [n, *input shape], or a .npz with an array "
+                f"for each of {', '.join(inputs)}."
+            )
     _with_masks(module, clear_inputs)
     paths = resolve_targets(module, submodules)
     if is_one:
@@ -154,16 +163,21 @@ def _exported_region(
 
     whole = open_exported(exported)
     path = only_part([path for s in submodules for path in exported_targets(whole, s)])
-    shape = d.shape_of(whole.placeholders[0])
-    if lengths is not None and (len(shape) < 2 or lengths != (shape[1],)):
-        asked = ",".join(map(str, lengths))
-        raise OptionsError(
-            f"--tokens {asked}: the exported program takes an input of shape {list(shape)}, and "
-            f"shapes are fixed in a .pt2. Leave --tokens out, or export with {asked} tokens."
-        )
+    _check_fixed(lengths, [d.shape_of(n) for n in whole.placeholders])
     lower = run_pipeline if cache is None else cache.lowered
     region = exported_region(whole, path, heads, samples, pipeline, options, lower)
     return whole, region
+
+
+def _check_fixed(lengths: tuple[int, ...] | None, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Refuse another length than a graph has."""
+    if lengths is None or {s[1] for s in shapes if len(s) > 1}.issuperset(lengths):
+        return
+    asked = ",".join(map(str, lengths))
+    raise OptionsError(
+        f"--tokens {asked}: the graph takes {' and '.join(str(list(s)) for s in shapes)}, and "
+        f"shapes are fixed in a .pt2 or .onnx. Leave --tokens out, or export with {asked} tokens."
+    )
 
 
 def only_part(paths: list[str]) -> str:
@@ -190,13 +204,18 @@ def language_model(model: str, seed: int, clear_inputs: Sequence[str] | None = N
     """Load a model that is a module; with clear inputs, it makes its masks always.
 
     Raises:
-        ModelError: if it is an exported program, or there is none.
+        ModelError: if it is a graph, or there is none.
     """
+    from torch import fx
+
     from fhe_fx.export.models import ModelError, load_model
 
     named = load_model(model, seed)
-    if named.module is None:
-        raise ModelError(f"{model} is an exported program; give the model that it was.")
+    if named.module is None or isinstance(named.module, fx.GraphModule):
+        raise ModelError(
+            f"{model} holds a graph, which has one length and no tokenizer; give the language "
+            f"model that it was."
+        )
     _with_masks(named.module, clear_inputs)
     return named
 

@@ -11,7 +11,7 @@ from fhe_fx.export.bundle import (
 from fhe_fx.export.cache import Cache
 from fhe_fx.export.directory import check_destination
 from fhe_fx.export.manifest import MANIFEST, read_artefacts, read_manifest, read_stated
-from fhe_fx.export.model import save
+from fhe_fx.export.model import check_apart, save
 from fhe_fx.export.pretrained import load_client_model
 from fhe_fx.export.region import export_region
 
@@ -22,6 +22,7 @@ __all__ = [
     "Cache",
     "ClientBundle",
     "ServerBundle",
+    "check_apart",
     "check_destination",
     "export_region",
     "load_artifact",

@@ -106,9 +106,7 @@ def save(
             weights of an encrypted part, or if a circuit does not compute what was compiled.
         BitWidthError: if a part cannot be compiled.
     """
-    parts = _parts(model)
-    remainder = _remainder(model, parts)
-    _refuse_telling(parts, remainder)
+    parts, remainder = _apart(model)
     circuits = {name: c for part in parts for name, c in part.directories().items()}
     with new_directory(directory, FILES) as partial:
         client, manifests = partial / "client", {}
@@ -138,6 +136,26 @@ def save(
         manifest["files"] = file_entries(partial)
         write_manifest(partial, manifest)
     return manifest
+
+
+def check_apart(model: nn.Module) -> None:
+    """Check, before a model is compiled, that `save` can write it for two parties.
+
+    Args:
+        model: returned by `encrypt_submodule`.
+
+    Raises:
+        ArtifactError: if the client's weights would tell weights of an encrypted part.
+    """
+    _apart(model)
+
+
+def _apart(model: nn.Module) -> tuple[list[_Part], dict[str, Tensor]]:
+    """Return the encrypted parts, and the weights that are the client's."""
+    parts = _parts(model)
+    remainder = _remainder(model, parts)
+    _refuse_telling(parts, remainder)
+    return parts, remainder
 
 
 def save_for_two(model: nn.Module) -> None:

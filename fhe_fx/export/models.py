@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fhe_fx.errors import CalibrationError, FheFxError, OptionsError, did_you_mean
 from fhe_fx.export.arrays import load_array, load_arrays
+from fhe_fx.export.graph_inputs import calls_of_graph, inputs_of_graph
 
 __all__ = ["ModelError", "NamedModel", "load_calibration", "load_exported", "load_model"]
 
@@ -269,7 +270,8 @@ def load_calibration(path: Path, model: NamedModel) -> list[Any]:
         is_tokens = not rows.is_floating_point()
         _check_vocabulary(path, rows, model)
         if isinstance(model.module, torch.fx.GraphModule):
-            return [r.long()[None] if is_tokens else r[None] for r in rows]
+            first = next(iter(inputs_of_graph(model.module)), "")
+            return list(calls_of_graph(path, {first: rows}, model.module))
         return [{"input_ids": r.long()[None]} if is_tokens else r[None] for r in rows]
     if path.suffix == ".npz":
         return _named_rows(path, model)
@@ -284,6 +286,8 @@ def load_calibration(path: Path, model: NamedModel) -> list[Any]:
 def _named_rows(path: Path, model: NamedModel) -> list[dict[str, Tensor]]:
     """Read a call of the model for each row of a file's arrays."""
     arrays = {name: torch.from_numpy(array) for name, array in load_arrays(path).items()}
+    if isinstance(model.module, torch.fx.GraphModule):
+        return calls_of_graph(path, arrays, model.module)
     if model.module is not None:
         _check_names(path, list(arrays), model.module)
     if "input_ids" in arrays:
