@@ -29,7 +29,7 @@ class Options:
     lookup_extra_bits: int = 2
     """A look-up reads `n_bits + lookup_extra_bits` bits: a sum of two operands needs one more,
     and behind an approximate rounding a second one costs less than the error that it removes."""
-    input_bits: int = 8
+    input_bits: int = 12
     """Precision of the client's encrypted input; linear precision is free."""
     weight_bits: int = 8
     """Least precision of a clear weight, sign included."""
@@ -58,7 +58,7 @@ class Options:
     """Input bits of single look-ups: a pattern and a width each. A pattern is a module path, the
     name of a function, or `path:function`; after `re:`, a regular expression for one of these. An
     exact pattern wins over expressions, and of those the first."""
-    n_samples: int = 64
+    n_samples: int = 256
     """How many calibration inputs are sampled from the model when none are given."""
     seed: int = 0
     """Seeds that sampling."""

@@ -35,7 +35,8 @@ __all__ = ["lowered_from_bytes", "lowered_to_bytes", "lowering_key"]
 
 _TEXT = "program.json"
 _WORDS = (
-    "module_path", "source", "function", "error_variance", "overflow", "result_overflow", "made_by"
+    "module_path", "source", "function", "error_variance", "overflow", "result_overflow", "made_by",
+    "reading_of",
 )  # fmt: skip
 """What a node of an integer program says of itself beside its type."""
 _NARROWER = (torch.int8, torch.int16, torch.int32)

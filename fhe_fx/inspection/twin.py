@@ -67,13 +67,14 @@ def twins_of(region: Region) -> Twins:
 def _value_of(node: fx.Node, tags: dict[fx.Node, str], origin: fx.Node) -> str:
     """Return the float node whose value an integer node holds.
 
-    A map becomes a look-up, with affine nodes before it that prepare what it reads.
+    A map becomes a look-up, or the mean of several, with affine nodes before it that prepare what
+    it reads.
     """
     if not d.is_map(origin):
         return origin.name
     while not d.is_call(node, LOOKUP):
         operands = d.operands(node)
-        if len(operands) != 1 or tags[operands[0]] != origin.name:
+        if not operands or tags[operands[0]] != origin.name:
             return d.input_node(origin).name
         node = operands[0]
     return origin.name

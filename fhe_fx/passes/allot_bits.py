@@ -6,7 +6,8 @@ approximate rounding both are unbiased: so few bits that are never misread and m
 buy the same precision, and the second is cheaper. The pass knows what variance each look-up adds to
 the results, by derivatives on the calibration samples, and what a look-up costs at each width and
 `p_error`, by a table of Concrete's optimizer; of all that keep the results' error within the
-budget it takes the cheapest.
+budget it takes the cheapest. A few look-ups often make most of the error: those are read several
+times (`quant/readings.py`), and their mean errs less.
 
 The budget is `max_error`, or what rounding every look-up to `n_bits + lookup_extra_bits` bits alone
 would make; with `max_cost` the least error is taken instead. Two widths at most (`most_widths`):
@@ -18,6 +19,7 @@ width already (`node.meta["lookup_bits"]`) keeps it.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -35,7 +37,8 @@ from fhe_fx.options import MAX_LOOKUP_BITS, Options
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
 from fhe_fx.quant.noise import lookup_variance
-from fhe_fx.quant.noise_level import log_norm_of
+from fhe_fx.quant.noise_level import log_norm_of, spare_bits
+from fhe_fx.quant.readings import Readings
 from fhe_fx.quant.response import lookup_responses
 
 __all__ = ["AllotBits"]
@@ -44,9 +47,9 @@ __all__ = ["AllotBits"]
 @register
 @dataclass(frozen=True)
 class AllotBits(Pass):
-    """Set `lookup_bits` and `error_variance` on every map, and `program.options.p_error`.
+    """Set `lookup_bits`, `readings`, `error_variance` on maps, and `program.options.p_error`.
 
-    `node.meta["error_variance"]` is what it adds to the results' variance, in parts of it.
+    `node.meta["error_variance"]` is what one reading adds to the results' variance, in parts of it.
     """
 
     name: ClassVar[str] = "allot-bits"
@@ -57,11 +60,19 @@ class AllotBits(Pass):
     """Part of the cost that a second width must save: it has keys of its own, half a gigabyte."""
     narrower: int = 3
     """By how many bits the second width may be narrower than the first."""
+    most_readings: int = 4
+    """How often a look-up may be read, to take the mean; 1 where none is."""
+    room_for_readings: int = 4
+    """Bits by which what a look-up reads can be multiplied at no cost, if it is read repeatedly:
+    there are as many small whole numbers that differ little as readings need."""
+    exchange: float = 2.0
+    """By how many per cent of itself the results' squared error must fall, without a budget, for a
+    per cent of cost."""
 
     def run(self, program: Program) -> bool:
         """Choose among all pairs of widths at all `p_error` of the table."""
         options = program.options
-        groups = _groups(program)
+        groups = self._groups(program)
         fixed = {g: g.fixed_bits for g in groups if g.fixed_bits is not None}
         free = [g for g in groups if g.fixed_bits is None]
         if options.is_uniform:
@@ -69,7 +80,7 @@ class AllotBits(Pass):
         else:
             chosen = self._cheapest(program, free, fixed)
         for g, bits in chosen.bits.items():
-            g.node.meta["lookup_bits"] = bits
+            g.node.meta["lookup_bits"], g.node.meta["readings"] = bits, chosen.readings.get(g, 1)
             g.node.meta["error_variance"] = f"{g.error(bits, chosen.p_error):.4g}"
         program.options = dataclasses.replace(options, p_error=chosen.p_error)
         return False
@@ -85,7 +96,7 @@ class AllotBits(Pass):
         best: dict[bool, _Split] = {}
         least_error, least_cost = math.inf, math.inf
         for p_error, wide, narrow in self._choices(options):
-            for found in splits.of(p_error, wide, narrow):
+            for found in splits.of(p_error, wide, narrow, budget):
                 least_error = min(least_error, found.error)
                 least_cost = min(least_cost, found.cost)
                 is_mixed = wide != narrow
@@ -97,20 +108,42 @@ class AllotBits(Pass):
             return _uniform(options, free, fixed)
         if not best:
             raise PassError(budget.refusal(program.name, math.sqrt(least_error), least_cost))
-        if len(best) == 1:
-            return splits.allotment(next(iter(best.values())))
-        is_worth_it = best[True].cost <= (1 - self.least_saving) * best[False].cost
-        if budget.max_cost is not None:
-            is_worth_it = best[True].error <= (1 - self.least_saving) * best[False].error
-        return splits.allotment(best[is_worth_it])
+        chosen = next(iter(best.values()))
+        if len(best) == 2:
+            is_worth_it = best[True].cost <= (1 - self.least_saving) * best[False].cost
+            if budget.max_cost is not None:
+                is_worth_it = best[True].error <= (1 - self.least_saving) * best[False].error
+            chosen = best[is_worth_it]
+        return splits.allotment(chosen, self.exchange if budget.is_default else None)
+
+    def _groups(self, program: Program) -> list[_Group]:
+        responses, spare = lookup_responses(program), spare_bits(program)
+
+        def rule_of(n: fx.Node) -> int | None:
+            path = str(n.meta.get("module_path", ""))
+            return program.options.rule_for(path, operator_name(n))
+
+        return [
+            _Group(
+                n,
+                math.prod(d.shape_of(n)),
+                responses[n.name],
+                n.meta.get("lookup_bits", rule_of(n)),
+                self.most_readings if spare[n] >= self.room_for_readings else 1,
+            )
+            for n in program.maps()
+        ]
 
     def _choices(self, options: Options) -> Iterator[tuple[float, int, int]]:
         """List all `p_error` with two widths each, the second at most as wide."""
         table = cost_table()
         p_errors = table.p_errors if options.p_error is None else (options.p_error,)
         widths = range(min(table.by_bits), MAX_LOOKUP_BITS + 1)
-        narrower = self.narrower if options.most_widths == 2 else 0
         for p_error, wide in itertools.product(p_errors, widths):
+            # Beyond the table a width has the price of a narrower one with as little noise, and
+            # what two such cost together may be twice as much.
+            may_mix = options.most_widths == 2 and wide <= max(table.by_bits)
+            narrower = self.narrower if may_mix else 0
             for narrow in range(max(wide - narrower, widths.start), wide + 1):
                 yield p_error, wide, narrow
 
@@ -124,6 +157,8 @@ class _Group:
     response: float
     """As `lookup_responses` gives it."""
     fixed_bits: int | None
+    most_readings: int
+    """How often it may be read."""
 
     def error(self, bits: int, p_error: float) -> float:
         """Return the variance that it adds to the results, in parts of theirs."""
@@ -136,11 +171,8 @@ class _Allotment:
 
     p_error: float
     bits: dict[_Group, int]
-
-    @property
-    def error(self) -> float:
-        """Predicted variance of the results, in parts of theirs."""
-        return sum(g.error(bits, self.p_error) for g, bits in self.bits.items())
+    readings: dict[_Group, int] = dataclasses.field(default_factory=dict)
+    """Of those that are read more than once."""
 
 
 class _Split(NamedTuple):
@@ -155,13 +187,18 @@ class _Split(NamedTuple):
     narrow: int
     n_wide: int
     """How many groups have the first width; none where the two are one."""
+    n_steps: int = 0
+    """How many times a group is read once more."""
 
 
 class _Splits:
     """Error and cost of every way to split the groups, by sums over the first k of them."""
 
     def __init__(
-        self, by_need: Sequence[_Group], fixed: dict[_Group, int], log_norm: float
+        self,
+        by_need: Sequence[_Group],
+        fixed: dict[_Group, int],
+        log_norm: float,
     ) -> None:
         """Add up.
 
@@ -171,17 +208,32 @@ class _Splits:
             log_norm: of the noisiest sum.
         """
         self._by_need, self._fixed, self._log_norm = by_need, fixed, log_norm
+        # Where all have one width, no width changes which step is the better one.
+        self._steps = Readings.of(
+            [g.response for g in by_need],
+            [float(g.look_ups) for g in by_need],
+            [g.most_readings for g in by_need],
+        )
         self._responses = [0.0, *itertools.accumulate(g.response for g in by_need)]
         self._look_ups = [0, *itertools.accumulate(g.look_ups for g in by_need)]
 
-    def of(self, p_error: float, wide: int, narrow: int) -> Iterator[_Split]:
-        """List the ways with two widths; with one, the only one."""
+    def of(self, p_error: float, wide: int, narrow: int, budget: _Budget) -> Iterator[_Split]:
+        """List the ways with two widths; with one, the one that the budget asks for."""
         log_norm, bits = self._log_norm, self._fixed
         error = sum(g.error(b, p_error) for g, b in bits.items())
         cost = sum(g.look_ups * lookup_cost(b, p_error, log_norm) for g, b in bits.items())
         errors = [lookup_variance(b, p_error) for b in (wide, narrow)]
         costs = [lookup_cost(b, p_error, log_norm) for b in (wide, narrow)]
-        for n in [0] if wide == narrow else range(1, len(self._by_need)):
+        if wide == narrow:
+            steps = [
+                _Split(error + left * errors[0], cost + spent * costs[0], p_error, wide, wide, 0, n)
+                for n, (left, spent) in enumerate(
+                    zip(self._steps.errors, self._steps.costs, strict=True)
+                )
+            ]
+            yield budget.step(steps if self._has_one_width(wide, narrow) else steps[:1])
+            return
+        for n in range(1, len(self._by_need)):
             responses = self._responses[n], self._responses[-1] - self._responses[n]
             counts = self._look_ups[n], self._look_ups[-1] - self._look_ups[n]
             yield _Split(
@@ -190,12 +242,29 @@ class _Splits:
                 p_error, wide, narrow, n,
             )  # fmt: skip
 
-    def allotment(self, split: _Split) -> _Allotment:
-        """Return the width of every group."""
+    def allotment(self, split: _Split, exchange: float | None) -> _Allotment:
+        """Return the width of every group, and how often it is read.
+
+        Args:
+            split: which.
+            exchange: what reading once more must save, where no budget said how often.
+        """
         bits = {
             g: split.wide if i < split.n_wide else split.narrow for i, g in enumerate(self._by_need)
         }
-        return _Allotment(split.p_error, self._fixed | bits)
+        n_steps = split.n_steps
+        if exchange is not None and self._has_one_width(split.wide, split.narrow):
+            n_steps = self._steps.worthwhile(exchange)
+        readings = dict(zip(self._by_need, self._steps.counts(n_steps), strict=True))
+        return _Allotment(split.p_error, self._fixed | bits, readings)
+
+    def _has_one_width(self, wide: int, narrow: int) -> bool:
+        """Say whether all look-ups have one width.
+
+        If not, none is read repeatedly: the wide ones, which would be, have parameters of their own
+        and no noise beside theirs that hides what is multiplied.
+        """
+        return {wide, narrow, *self._fixed.values()} == {wide}
 
 
 @dataclass(frozen=True)
@@ -221,6 +290,17 @@ class _Budget:
         assert self.max_cost is not None
         return found.cost <= self.max_cost
 
+    def step(self, steps: Sequence[_Split]) -> _Split:
+        """Return the first that keeps to an error, or the last that keeps to a cost."""
+        if self.is_default:
+            return steps[0]
+        if self.max_cost is not None:
+            return steps[
+                max(0, bisect.bisect_right(steps, self.max_cost, key=lambda s: s.cost) - 1)
+            ]
+        number = bisect.bisect_left(steps, True, key=self.holds)
+        return steps[min(number, len(steps) - 1)]
+
     def rank(self, found: _Split) -> tuple[float, float]:
         is_for_cost = self.max_cost is None
         return (found.cost, found.error) if is_for_cost else (found.error, found.cost)
@@ -243,20 +323,3 @@ class _Budget:
 def _uniform(options: Options, free: Sequence[_Group], fixed: dict[_Group, int]) -> _Allotment:
     bits = fixed | dict.fromkeys(free, options.lookup_bits)
     return _Allotment(options.chosen_p_error, bits)
-
-
-def _groups(program: Program) -> list[_Group]:
-    responses = lookup_responses(program)
-
-    def rule_of(n: fx.Node) -> int | None:
-        return program.options.rule_for(str(n.meta.get("module_path", "")), operator_name(n))
-
-    return [
-        _Group(
-            n,
-            math.prod(d.shape_of(n)),
-            responses[n.name],
-            n.meta.get("lookup_bits", rule_of(n)),
-        )
-        for n in program.maps()
-    ]

@@ -64,6 +64,8 @@ class AssignScales(Pass):
     """Bits of an encoding that the values of a class are left short of where one look-up reads them
     in a narrower range than another. A look-up multiplies what it reads by a whole number, to fill
     the encoding: by one or two it may leave half of it empty, by eight or more a ninth."""
+    reading_bits: int = 5
+    """The same where a look-up is read several times, each time multiplied by another number."""
     input_margin: float = 0.25
     """Room beyond the calibrated range of an input that only weights read, as a part of it. The
     client clips there: linear precision is free."""
@@ -202,7 +204,9 @@ class _State:
             present = largest > 0
             if not bool(present.any()):
                 continue
-            need = (self.range[present] * least / largest[present]).log2().ceil()
+            need = (self.range[present] * least / largest[present]).log2()
+            # Of answers a bit too many costs a larger norm, and parameters go by that in steps.
+            need = need.round() if is_answer else need.ceil()
             usual = float(need.quantile(0.75))
             self.width[present] = torch.maximum(self.width[present], need.clamp(max=usual).long())
 
@@ -223,25 +227,25 @@ class _State:
             self.width[index] = self.width[index].clamp_min(widths[number])
 
     def leave_room(self, widths: dict[int, int]) -> None:
-        """Widen encodings by `room_bits`, and with them all classes that look-ups fill anyway.
+        """Widen encodings, and with them all classes that look-ups fill anyway.
 
         The others keep their scales, and fill a part of the encoding. Noise that arrives with them
         is multiplied before it is read, and may become as large as it is elsewhere, not larger.
         """
-        spare, gains, has_noise = self._spare_bits(widths)
+        spare, wanted, has_noise = self._spare_bits(widths)
         held = self.is_weighted | self.is_result
         for number in sorted(widths):
             nodes = [n for n, e in self.encoding.items() if e == number]
             index = torch.unique(torch.cat([self.classes.of[n].reshape(-1) for n in nodes]))
             looked = index[self.is_looked_up[index]]
-            if not bool(gains[looked].any()) or bool(self.is_result[index].any()):
+            if not bool(wanted[looked].any()) or bool(self.is_result[index].any()):
                 continue
             # What keeps its scale also arrives in sums of it, multiplied by as much.
             weighs_answers = bool((self.is_weighted & has_noise)[index].any())
             bound = looked if weighs_answers else looked[held[looked]]
             fits = MAX_WIDTH - widths[number]
-            most = min([self.settings.room_bits, fits, *spare[bound].tolist()])
-            left = torch.where(gains, spare.clamp(max=most), 0)
+            most = min([fits, *spare[bound].tolist()])
+            left = torch.minimum(wanted, spare.clamp(max=most))
             widths[number] += int(left[looked].max())
             filled = looked[~held[looked]]
             self.width[filled] += int(left[looked].max()) - left[filled]
@@ -249,27 +253,32 @@ class _State:
     def _spare_bits(self, widths: dict[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return of each class by how many bits its noise is below the greatest that is read.
 
-        And which classes are read in narrower slots if that is used, and which have noise at all.
+        And how many of these bits are of use to it, and which classes have noise at all.
         """
         scale = self.scales()
         norms = squared_norms(self.program, lambda n: self._whole_weight(n, scale))
         has_noise = torch.zeros_like(self.is_result)
         for node, norm in norms.items():
             has_noise[self.classes.of[node][norm > 0]] = True
-        noise, gains = torch.zeros_like(self.range), torch.zeros_like(self.is_result)
-        for source in {d.input_node(n) for n in self.program.maps()}:
+        noise, wanted = torch.zeros_like(self.range), torch.zeros_like(self.width)
+        for node in self.program.maps():
+            source = d.input_node(node)
             index = self.classes.of[source].reshape(-1)
             low, high = (end.reshape(-1) for end in source.meta["range"])
             room = scale[index] * 2.0 ** widths[self.encoding[source]]
             times = (room / (high - low).clamp_min(1e-300)).floor().clamp_min(1)
             square = norms[source].reshape(-1) * times.square()
             noise.scatter_reduce_(0, index, square, "amax")
-            gains[index[times * (high - low) < (1 - 2.0**-self.settings.room_bits) * room]] = True
+            is_narrow = times * (high - low) < (1 - 2.0**-self.settings.room_bits) * room
+            bits = torch.where(is_narrow, self.settings.room_bits, 0)
+            if int(node.meta.get("readings", 1)) > 1:
+                bits = torch.full_like(bits, self.settings.reading_bits)
+            wanted.scatter_reduce_(0, index, bits, "amax")
         greatest = max(
             [1.0, float(noise.max()), *(float(norms[n].max()) for n in self.program.results)]
         )
-        bits = (0.5 * (greatest / noise.clamp_min(1e-12)).log2()).floor()
-        return bits.clamp(0, self.settings.room_bits).long(), gains, has_noise
+        spare = (0.5 * (greatest / noise.clamp_min(1e-12)).log2()).floor()
+        return spare.clamp(0, MAX_WIDTH).long(), wanted, has_noise
 
     def _whole_weight(self, node: fx.Node, scale: Tensor) -> Tensor:
         """Return the integers that a weight becomes, before they are rounded."""

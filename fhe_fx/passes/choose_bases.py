@@ -1,6 +1,8 @@
 """Contract two encrypted matrices over fewer channels, in a basis made for their values.
 
 Not exact: results change by at most `tolerance` of what rounding to `n_bits` would change them.
+Within that, channels are kept as long as one more takes a larger part of the squared error away
+than it adds to the cost (`exchange`): weights that were trained need few, random ones many.
 With the means m of x and n of y, x y = (x - m)(y - n) + m y + x n - m n, and all but the first
 term is affine: clear weights, no look-up. In that one any basis may be chosen, x y = (x A)(B^T y),
 and weights carry it for nothing. Channels that hardly contribute are left out: each saves
@@ -10,7 +12,10 @@ one scale serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import functools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,6 +48,12 @@ class ChooseBases(Pass):
     size. One is what rounding the results to that many bits would make, about."""
     part_of_budget: float = 0.5
     """The same where the options give a `max_error`, in parts of it: both add up by squares."""
+    exchange: float = 4.0
+    """By how many per cent of itself the results' squared error must fall for a per cent of cost:
+    where parameters are cheapest, bits and `p_error` buy as much. At 0 no channel more is kept than
+    the tolerance asks for."""
+    usual_error: float = 1.2
+    """Error that look-ups will make besides, in the unit of `tolerance`."""
     rotates: bool = True
     """Whether the directions kept are rotated until each channel varies alike; else the first
     varies most, and all have the slots that it needs."""
@@ -86,14 +97,17 @@ class ChooseBases(Pass):
         program.replace(node, new)
 
     def _rank(self, program: Program, node: fx.Node, bases: Bases, means: _Means) -> int:
-        """Return the least rank that keeps the results within the tolerance, by bisection."""
+        """Return the rank of least error and cost together, of those within the tolerance."""
         budget = program.options.max_error
-        allowed = self.tolerance * 2.0**-program.options.n_bits
+        allowed, besides = (
+            part * 2.0**-program.options.n_bits for part in (self.tolerance, self.usual_error)
+        )
         if budget is not None:
-            allowed = self.part_of_budget * budget
+            allowed, besides = self.part_of_budget * budget, budget
         exact = [program.observed[n.name] for n in program.results]
         inputs = program.stacked(program.samples)
 
+        @functools.cache
         def error(rank: int) -> float:
             left, right = bases.kept(rank)
             projector = (left @ right.mT).float()
@@ -101,14 +115,33 @@ class ChooseBases(Pass):
                 found = _Projected(program.module, node, projector, means).run(*inputs)
             return _relative_error(exact, found)
 
-        least, most = 0, d.shape_of(node.args[0])[-1]  # type: ignore[arg-type]
-        while least < most:
-            middle = (least + most) // 2
-            if error(middle) <= allowed:
-                most = middle
-            else:
-                least = middle + 1
-        return most
+        channels: int = d.shape_of(node.args[0])[-1]  # type: ignore[arg-type]
+        least = _first(range(channels + 1), lambda rank: error(rank) <= allowed)
+        if not self.exchange:
+            return least
+        others = sum(_look_ups(n) for n in program.calls(d.MATMUL) if n is not node)
+        each = _look_ups(node) / channels
+
+        def price(rank: int) -> float:
+            cost: float = (others + rank * each) ** self.exchange
+            return (besides**2 + error(rank) ** 2) * cost
+
+        # It falls to its minimum and rises from there: errors fall faster where they are large.
+        return _first(
+            range(least, channels + 1), lambda r: r == channels or price(r + 1) >= price(r)
+        )
+
+
+def _first(numbers: range, holds: Callable[[int], bool]) -> int:
+    """Return the first number for which something holds that holds for all that follow it."""
+    return numbers[bisect.bisect_left(numbers, True, key=holds)]
+
+
+def _look_ups(node: fx.Node) -> int:
+    """Return the look-ups of a product of two matrices: of pairs, and of both operands' squares."""
+    *lead, rows, channels = d.shape_of(node.args[0])  # type: ignore[arg-type]
+    columns = d.shape_of(node)[-1]
+    return math.prod(lead) * channels * (rows * columns + rows + columns)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.quant.classes import Classes, find_classes
 from fhe_fx.quant.left_out import fold_numbers
+from fhe_fx.quant.noise import noise_in_slots, p_error_of
 from fhe_fx.quant.range_search import RangeSearch
 from fhe_fx.quant.ranges import sample_ends
 from fhe_fx.quant.rounded import rounded_values
@@ -116,7 +117,7 @@ class ChooseRanges(Pass):
                 rounded,
                 index,
                 int(reader.meta["lookup_bits"]),
-                program.options.chosen_p_error,
+                _p_error_of_mean(program, reader),
                 gradient,
                 len(exact) // 2,
                 source.op == "placeholder",
@@ -147,6 +148,12 @@ class ChooseRanges(Pass):
         source.meta["range"] = ends[0][column], ends[1][column]
         inward = torch.stack([others[:, 0] - ends[0], ends[1] - others[:, 1]], 1)
         source.meta["ends_without"] = evidence.fold, inward[..., column].float()
+
+
+def _p_error_of_mean(program: Program, reader: fx.Node) -> float:
+    """Return how often the mean of its readings would err, were it one reading."""
+    noise = noise_in_slots(program.options.chosen_p_error)
+    return p_error_of(noise / math.sqrt(int(reader.meta.get("readings", 1))))
 
 
 @dataclass(frozen=True)

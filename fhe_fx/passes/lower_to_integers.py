@@ -25,7 +25,7 @@ from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.quant.overflow_estimate import estimate_overflow
-from fhe_fx.quant.ranges import class_ends, times_to_fill
+from fhe_fx.quant.ranges import class_ends, reading_factors
 from fhe_fx.quant.tables import ROOM, build_tables
 from fhe_fx.quant.weight_rounding import round_weights
 
@@ -189,20 +189,45 @@ class _Lowering:
         return self._typed(node, x.scale, x.offset - steps * x.scale, width)
 
     def _lookup(self, builder: Builder, node: fx.Node, scale: Tensor, width: int) -> _Integer:
-        source = d.input_node(node)
+        """Look up as often as the map is to be read, and add up to the mean."""
+        factors = reading_factors(d.input_node(node), int(node.meta.get("readings", 1)))
+        answers = [
+            self._reading(builder, node, times.long(), scale * len(factors), width)
+            for times in factors
+        ]
+        first = answers[0].node
+        self.maps[first] = node
+        for answer in answers:
+            answer.node.meta["function"] = operator_name(node)
+            if answer.node is not first:
+                answer.node.meta["reading_of"] = first.name
+            if "error_variance" in node.meta:
+                variance = float(node.meta["error_variance"]) / len(factors) ** 2
+                answer.node.meta["error_variance"] = f"{variance:.4g}"
+        result = self._mean(builder, answers, width)
+        # Centre the result, so that sums of many stay inside their encoding.
+        mean = self.program.observed[node.name].double().mean(0)
+        steps = ((result.offset - mean) / result.scale).round()
+        if not bool((steps != 0).any()):
+            return result
+        moved = builder.shift(result.node, steps.long())
+        return self._typed(moved, scale, result.offset - steps * scale, width)
+
+    def _reading(
+        self, builder: Builder, node: fx.Node, times: Tensor, scale: Tensor, width: int
+    ) -> _Integer:
+        """Multiply what a map reads, and look it up."""
+        source, bits = d.input_node(node), int(node.meta["lookup_bits"])
         x, accumulator = self.values[source], int(source.meta["width"])
-        bits = int(node.meta["lookup_bits"])
         low, high = source.meta["range"]
-        times = times_to_fill(source).long()
         if bool((times > 1).any()):
             scaled = builder.scale(x.node, times)
             x = self._typed(scaled, x.scale / times, x.offset, accumulator)
         x = self._centre(builder, x, low, high, accumulator)
-        function = d.map_of(node)
         least, greatest = _class_range(self.program, node)
         room = (greatest - least) * ROOM
         tables = build_tables(
-            function,
+            d.map_of(node),
             x.offset,
             x.scale * (1 << (accumulator - bits)),
             scale,
@@ -211,18 +236,16 @@ class _Lowering:
             averages=self.settings.averages_slots,
         )
         read = builder.lookup(x.node, tables.entries, tables.which, bits, accumulator - bits)
-        self.maps[read] = node
-        read.meta["function"] = operator_name(node)
-        if "error_variance" in node.meta:
-            read.meta["error_variance"] = str(node.meta["error_variance"])
-        result = self._typed(read, scale, tables.offset, width)
-        # Centre the result, so that sums of many stay inside their encoding.
-        mean = self.program.observed[node.name].double().mean(0)
-        steps = ((result.offset - mean) / result.scale).round()
-        if not bool((steps != 0).any()):
-            return result
-        moved = builder.shift(read, steps.long())
-        return self._typed(moved, scale, result.offset - steps * scale, width)
+        return self._typed(read, scale, tables.offset, width)
+
+    def _mean(self, builder: Builder, answers: list[_Integer], width: int) -> _Integer:
+        """Add answers: the sum of the first k is their mean, in units of a k-th."""
+        total = answers[0]
+        for k, answer in enumerate(answers[1:], 2):
+            node = builder.add(total.node, answer.node)
+            offset = torch.stack([a.offset for a in answers[:k]]).mean(0)
+            total = self._typed(node, answer.scale / k, offset, width)
+        return total
 
     def note_overflow(self, exact: Program) -> None:
         """Let each input, look-up and result say what of it will overflow."""

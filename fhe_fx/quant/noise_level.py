@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fhe_fx.ir.program import Program
 
-__all__ = ["behind_look_ups", "log_norm_of", "squared_norms"]
+__all__ = ["behind_look_ups", "log_norm_of", "spare_bits", "squared_norms"]
 
 
 def behind_look_ups(program: Program) -> set[fx.Node]:
@@ -40,11 +40,33 @@ def log_norm_of(program: Program) -> float:
         program: of either stage. In float, weights count as integers of the bits that weights of
             answers have, and factors as one, since most are absorbed by scales.
     """
-    norms = squared_norms(program, lambda node: _whole_weight(program, node))
-    read = [norms[d.input_node(n)] for n in program.encrypted() if _is_look_up(n)]
-    return 0.5 * math.log2(
-        max([1.0, *(float(norm.max()) for norm in (*read, *(norms[n] for n in program.results)))])
-    )
+    norms = _whole_norms(program)
+    results = [_log2(norms[n]) for n in program.results]
+    return max([0.0, *results, *_read_norms(program, norms).values()])
+
+
+def spare_bits(program: Program) -> dict[fx.Node, float]:
+    """Return by how many bits each look-up could multiply what it reads before that costs anything.
+
+    The noise that it reads with what look-ups answered is then as large as the greatest there is,
+    for which all of them pay (`log_norm_of`).
+    """
+    greatest = log_norm_of(program)
+    read = _read_norms(program, _whole_norms(program))
+    return {node: greatest - norm for node, norm in read.items()}
+
+
+def _whole_norms(program: Program) -> dict[fx.Node, Tensor]:
+    return squared_norms(program, lambda node: _whole_weight(program, node))
+
+
+def _read_norms(program: Program, norms: dict[fx.Node, Tensor]) -> dict[fx.Node, float]:
+    """Return log2 of the norm of what each look-up reads."""
+    return {n: _log2(norms[d.input_node(n)]) for n in program.encrypted() if _is_look_up(n)}
+
+
+def _log2(squares: Tensor) -> float:
+    return 0.5 * math.log2(max(float(squares.max()), 1e-300))
 
 
 def squared_norms(
@@ -59,7 +81,8 @@ def squared_norms(
     found: dict[fx.Node, Tensor] = {}
     for node in program.encrypted():
         if _is_look_up(node):
-            found[node] = torch.ones(d.shape_of(node), dtype=torch.float64)
+            readings = float(node.meta.get("readings", 1))  # whose sum a map will be
+            found[node] = torch.full(d.shape_of(node), readings, dtype=torch.float64)
         elif node.op == "placeholder":
             found[node] = torch.zeros(d.shape_of(node), dtype=torch.float64)
         else:

@@ -29,10 +29,11 @@ def rounded_values(
     """Run samples with every input, and every value that a map reads, rounded to its slots.
 
     A slot is the range divided by 2**input_bits or 2**lookup_bits: the range that `choose-ranges`
-    chose, or else what the class was observed to take. A map answers with its mean over the slot,
-    as its table will. Where the slots begin is drawn at random: it depends on ranges that later
-    passes choose, and a row that happens to be met exactly should not pass for one that is met
-    well.
+    chose, or else what the class was observed to take. Inputs are no finer than the weights that
+    read them, whose own rounding errs as much in what they sum. A map answers with its mean over
+    the slot, as its table will. Where the slots begin is drawn at random: it depends on ranges that
+    later passes choose, and a row that happens to be met exactly should not pass for one that is
+    met well.
 
     Args:
         program: with observed values.
@@ -51,7 +52,8 @@ def rounded_values(
         low, high = node.meta.get("range", (low[index], high[index]))
         return _Slots(low, high, n_bits)
 
-    inputs = {n: slots(n, options.input_bits) for n in program.placeholders if not d.is_clear(n)}
+    bits = min(options.input_bits, options.weight_bits)
+    inputs = {n: slots(n, bits) for n in program.placeholders if not d.is_clear(n)}
     read = {
         n: slots(d.input_node(n), n.meta.get("lookup_bits", options.lookup_bits))
         for n in program.maps()

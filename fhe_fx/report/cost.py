@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch import fx
+
 from fhe_fx.backends.base import CircuitFacts
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import LOOKUP
@@ -43,6 +45,13 @@ class NodeCost:
     overflow: Overflow | None = None
     """What lies outside its range, on inputs that calibration never saw. None if the passes did not
     estimate it."""
+    readings: int = 1
+    """How often each value is read, to take the mean; `look_ups` counts all."""
+
+    @property
+    def title(self) -> str:
+        """Name of the function, and how often it reads a value if it does so more than once."""
+        return self.function if self.readings == 1 else f"{self.function} x{self.readings}"
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,7 @@ class Report:
             rows = [
                 (
                     n.module_path,
-                    n.function,
+                    n.title,
                     f"{n.look_ups:,}",
                     str(n.input_bits),
                     str(n.accumulator_bits),
@@ -199,6 +208,9 @@ def report_on(
 
 def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) -> RegionCost:
     look_ups = program.calls(LOOKUP)
+    readings: dict[str, list[fx.Node]] = {}
+    for n in look_ups:
+        readings.setdefault(str(n.meta.get("reading_of", n.name)), []).append(n)
     counts = {n: math.prod(d.shape_of(n)) for n in look_ups}
     bits = {n: Lookup.of(n).bits for n in look_ups}
     p_error = program.options.chosen_p_error
@@ -208,20 +220,24 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
     variance = sum(variances.values())
     total = sum(costs.values())
     nodes = []
-    for n in look_ups:
+    for n, *again in readings.values():
         source: ValueType = d.input_node(n).meta["type"]
+        all_of_it = [n, *again]
         nodes.append(
             NodeCost(
                 n.name,
                 str(n.meta.get("function", "look-up")),
                 str(n.meta.get("module_path", "")),
                 str(n.meta.get("source", "")),
-                counts[n],
+                sum(counts[m] for m in all_of_it),
                 bits[n],
                 source.bits,
-                costs[n] / total,
-                variances[n] / (variance or 1.0) if n in variances else None,
+                sum(costs[m] for m in all_of_it) / total,
+                sum(variances[m] for m in all_of_it) / (variance or 1.0)
+                if n in variances
+                else None,
                 overflow_of(n),
+                len(all_of_it),
             )
         )
     nodes.sort(key=lambda c: -c.share)

@@ -84,8 +84,8 @@ def test_figures_are_those_of_the_two_programs(found: Inspection) -> None:
     assert last.float_high == pytest.approx(float(theirs.max()), rel=1e-4)
     first = errors.nodes[0]
     assert (first.operator, first.shape, first.values) == ("input", (1, 6), 8 * 6)
-    # The rounding of inputs to 8 bits, a twelfth of a step squared, and no clipped value.
-    assert first.error == pytest.approx((first.high - first.low) / 255 / 12**0.5, rel=0.4)
+    # The rounding of inputs to 12 bits, a twelfth of a step squared, and no clipped value.
+    assert first.error == pytest.approx((first.high - first.low) / 4095 / 12**0.5, rel=0.4)
 
 
 def test_noise_is_that_of_the_circuit(found: Inspection) -> None:
