@@ -7,7 +7,7 @@ Each circuit is a look-up of inputs, weighted sums of up to 64 of its answers, a
 sums, both behind approximate roundings of six bits, as the passes emit them. Its complexity divided
 by its look-ups is the cost of one. The 2-norm of the weights says how much noise the sums have.
 Only parameters are searched, so that the figures are the same on every machine for one version of
-Concrete; that takes a quarter of an hour. Sizes of keys and ciphertexts stand in the same table.
+Concrete; that takes twenty minutes. Sizes of keys and ciphertexts stand in the same table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fhe_fx.backends.concrete.folders import owned_folders
 from fhe_fx.quant import lookup_cost
 from fhe_fx.report.machine import installed_version
 
-BITS = range(3, 11)
+BITS = range(3, 13)
 P_ERRORS = (
     0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9
 )  # fmt: skip

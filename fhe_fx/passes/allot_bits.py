@@ -140,10 +140,7 @@ class AllotBits(Pass):
         p_errors = table.p_errors if options.p_error is None else (options.p_error,)
         widths = range(min(table.by_bits), MAX_LOOKUP_BITS + 1)
         for p_error, wide in itertools.product(p_errors, widths):
-            # Beyond the table a width has the price of a narrower one with as little noise, and
-            # what two such cost together may be twice as much.
-            may_mix = options.most_widths == 2 and wide <= max(table.by_bits)
-            narrower = self.narrower if may_mix else 0
+            narrower = self.narrower if options.most_widths == 2 else 0
             for narrow in range(max(wide - narrower, widths.start), wide + 1):
                 yield p_error, wide, narrow
 
