@@ -77,6 +77,9 @@ def ablations() -> dict[str, tuple[fhe_fx.Options, Pipeline | None]]:
         "widths allotted with p_error (6 bits at 0.1)": (
             dataclasses.replace(usual, p_error=0.1), None,
         ),
+        "several readings": (usual, without("allot-bits", most_readings=1)),
+        "channels by what they save": (usual, without("choose-bases", exchange=0.0)),
+        "inputs of 12 bits (8)": (dataclasses.replace(usual, input_bits=8), None),
         "weights rounded for their sums": (
             usual, without("lower-to-integers", corrects_sums=False),
         ),
