@@ -139,8 +139,8 @@ class AllotBits(Pass):
         table = cost_table()
         p_errors = table.p_errors if options.p_error is None else (options.p_error,)
         widths = range(min(table.by_bits), MAX_LOOKUP_BITS + 1)
+        narrower = self.narrower if options.most_widths == 2 else 0
         for p_error, wide in itertools.product(p_errors, widths):
-            narrower = self.narrower if options.most_widths == 2 else 0
             for narrow in range(max(wide - narrower, widths.start), wide + 1):
                 yield p_error, wide, narrow
 
@@ -192,10 +192,7 @@ class _Splits:
     """Error and cost of every way to split the groups, by sums over the first k of them."""
 
     def __init__(
-        self,
-        by_need: Sequence[_Group],
-        fixed: dict[_Group, int],
-        log_norm: float,
+        self, by_need: Sequence[_Group], fixed: dict[_Group, int], log_norm: float
     ) -> None:
         """Add up.
 

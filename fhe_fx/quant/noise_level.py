@@ -40,9 +40,7 @@ def log_norm_of(program: Program) -> float:
         program: of either stage. In float, weights count as integers of the bits that weights of
             answers have, and factors as one, since most are absorbed by scales.
     """
-    norms = _whole_norms(program)
-    results = [_log2(norms[n]) for n in program.results]
-    return max([0.0, *results, *_read_norms(program, norms).values()])
+    return _log_norms(program)[0]
 
 
 def spare_bits(program: Program) -> dict[fx.Node, float]:
@@ -51,22 +49,19 @@ def spare_bits(program: Program) -> dict[fx.Node, float]:
     The noise that it reads with what look-ups answered is then as large as the greatest there is,
     for which all of them pay (`log_norm_of`).
     """
-    greatest = log_norm_of(program)
-    read = _read_norms(program, _whole_norms(program))
+    greatest, read = _log_norms(program)
     return {node: greatest - norm for node, norm in read.items()}
 
 
-def _whole_norms(program: Program) -> dict[fx.Node, Tensor]:
-    return squared_norms(program, lambda node: _whole_weight(program, node))
+def _log_norms(program: Program) -> tuple[float, dict[fx.Node, float]]:
+    """Return log2 of the greatest norm, and of what each look-up reads."""
+    norms = squared_norms(program, lambda node: _whole_weight(program, node))
 
+    def log2(node: fx.Node) -> float:
+        return 0.5 * math.log2(max(float(norms[node].max()), 1e-300))
 
-def _read_norms(program: Program, norms: dict[fx.Node, Tensor]) -> dict[fx.Node, float]:
-    """Return log2 of the norm of what each look-up reads."""
-    return {n: _log2(norms[d.input_node(n)]) for n in program.encrypted() if _is_look_up(n)}
-
-
-def _log2(squares: Tensor) -> float:
-    return 0.5 * math.log2(max(float(squares.max()), 1e-300))
+    read = {n: log2(d.input_node(n)) for n in program.encrypted() if _is_look_up(n)}
+    return max([0.0, *map(log2, program.results), *read.values()]), read
 
 
 def squared_norms(

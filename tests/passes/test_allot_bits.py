@@ -206,3 +206,23 @@ def test_the_look_ups_that_make_most_of_the_error_are_read_several_times() -> No
     assert saved > 2 * (after.look_ups / before.look_ups - 1)
     # And so it is with noise, on inputs that calibration did not see.
     assert _noisy_error(programs[1]) < _noisy_error(programs[0])
+
+
+@pytest.mark.parametrize("budget", [{"max_error": 0.05}, {"max_cost": 1.2e10}])
+def test_a_budget_buys_more_where_look_ups_may_be_read_repeatedly(
+    budget: dict[str, float],
+) -> None:
+    found = []
+    for most_readings in (1, 4):
+        allot = AllotBits(most_readings=most_readings)
+        program = program_from(_function, SAMPLES, most_widths=1, **budget)  # type: ignore[arg-type]
+        passes = tuple(default_pipeline())
+        before = passes[: [p.name for p in passes].index("allot-bits")]
+        Pipeline((*before, allot)).run(program)
+        found.append((_error(program), _cost(program)))
+    once, repeatedly = found
+    if "max_error" in budget:
+        assert max(once[0], repeatedly[0]) <= budget["max_error"]
+        assert repeatedly[1] < once[1]
+    else:
+        assert repeatedly[0] < once[0]

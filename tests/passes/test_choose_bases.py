@@ -77,6 +77,25 @@ def test_more_bits_keep_more_channels() -> None:
     assert ranks[0] < ranks[-1] == CHANNELS
 
 
+def test_channels_that_save_more_than_they_cost_are_kept() -> None:
+    """Of two that the tolerance could do without, one more takes most of the error away."""
+    module = _Scores(rank=CHANNELS)
+    by_tolerance, by_price = (
+        _program(module, ChooseBases(tolerance=8.0, exchange=exchange), n_bits=4)
+        for exchange in (0.0, 1.0)
+    )
+    expected = run_all(_program(module), UNSEEN)[0]
+    errors = [relative_error(expected, run_all(p, UNSEEN)[0]) for p in (by_tolerance, by_price)]
+    assert _rank(by_tolerance) < _rank(by_price) < CHANNELS
+    assert errors[1] < errors[0] / 2
+
+
+def test_a_budget_below_float_rounding_keeps_all_channels() -> None:
+    program = program_from(_Scores(rank=CHANNELS), SAMPLES, max_error=1e-12)
+    Pipeline((Normalize(), Calibrate(), ChooseBases())).run(program)
+    assert _rank(program) == CHANNELS
+
+
 def test_kept_channels_vary_alike() -> None:
     program = _program(_Scores(), ChooseBases())
     (product,) = program.calls(d.MATMUL)
