@@ -59,7 +59,7 @@ def twins_of(region: Region) -> Twins:
     counterpart = {
         node.name: _value_of(node, tags, by_name[tag])
         for node, tag in tags.items()
-        if tag in by_name
+        if tag in by_name and "is_zero" not in node.meta
     }
     return Twins(exact, integers, counterpart)
 

@@ -9,12 +9,12 @@ the results, by derivatives on the calibration samples, and what a look-up costs
 budget it takes the cheapest. A few look-ups often make most of the error: those are read several
 times (`quant/readings.py`), and their mean errs less.
 
-The budget is `max_error`, or what rounding every look-up to `n_bits + lookup_extra_bits` bits alone
-would make; with `max_cost` the least error is taken instead. Two widths at most (`most_widths`):
-each has keys of its own. A `p_error` that was given is kept, and then every look-up reads `n_bits +
-lookup_extra_bits` bits unless a budget was given too; so they do where no width would keep to the
-default budget. A look-up that a rule names has the width of the rule; one whose node carries a
-width already (`node.meta["lookup_bits"]`) keeps it.
+The budget is `max_error`, or a part of what rounding every look-up to `n_bits + lookup_extra_bits`
+bits alone would make; with `max_cost` the least error is taken instead. Two widths at most
+(`most_widths`): each has keys of its own. A `p_error` that was given is kept, and then every
+look-up reads `n_bits + lookup_extra_bits` bits unless a budget was given too; so they do where no
+width would keep to the default budget. A look-up that a rule names has the width of the rule; one
+whose node carries a width already (`node.meta["lookup_bits"]`) keeps it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,19 @@ from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.options import MAX_LOOKUP_BITS, Options
 from fhe_fx.passes.base import Pass, register
+from fhe_fx.quant.classes import find_classes
 from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
 from fhe_fx.quant.noise import lookup_variance
-from fhe_fx.quant.noise_level import log_norm_of, spare_bits
+from fhe_fx.quant.noise_level import log_norm_of
 from fhe_fx.quant.readings import Readings
 from fhe_fx.quant.response import lookup_responses
 
 __all__ = ["AllotBits"]
+
+_P_ERRORS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.65, 0.7)
+"""Those that are tried. Beyond, a bit less at a smaller one has the same noise at the same price.
+Between 0.4 and 0.6 a polynomial size is used up, and which parameters the optimizer finds hangs on
+the rest of the circuit: one of two widths cost twice what the table says."""
 
 
 @register
@@ -62,12 +68,14 @@ class AllotBits(Pass):
     """By how many bits the second width may be narrower than the first."""
     most_readings: int = 4
     """How often a look-up may be read, to take the mean; 1 where none is."""
-    room_for_readings: int = 4
-    """Bits by which what a look-up reads can be multiplied at no cost, if it is read repeatedly:
-    there are as many small whole numbers that differ little as readings need."""
-    exchange: float = 2.0
-    """By how many per cent of itself the results' squared error must fall, without a budget, for a
-    per cent of cost."""
+    exchange: float = 1.5
+    """By how many per cent of itself the squared error must fall for a per cent of cost, for a
+    look-up to be read once more: bits and `p_error` buy as much."""
+    part_of_rounding: float = 0.75
+    """Budget where none is given, in parts of the squared error that rounding every look-up to
+    `n_bits + lookup_extra_bits` bits alone would make: what two bits more just keep to that are
+    misread three times in five, the most for a polynomial of twice as many coefficients. What
+    readings take away comes besides."""
 
     def run(self, program: Program) -> bool:
         """Choose among all pairs of widths at all `p_error` of the table."""
@@ -88,24 +96,47 @@ class AllotBits(Pass):
     def _cheapest(
         self, program: Program, free: Sequence[_Group], fixed: dict[_Group, int]
     ) -> _Allotment:
-        options = program.options
-        budget = _Budget.of(options, [*free, *fixed])
-        log_norm = log_norm_of(program)
+        """Search with the noise of sums before anything is read twice, and with what there is then.
+
+        The sum of several answers has the noise of as many; where that is dearer, fewer are better.
+        """
+        budget = _Budget.of(program.options, [*free, *fixed], self.part_of_rounding)
+        found: list[tuple[tuple[float, float], _Allotment]] = []
+        for _ in range(2):
+            chosen = self._search(program, budget, free, fixed)
+            if chosen is None:
+                return _uniform(program.options, free, fixed)
+            for g in chosen.bits:
+                g.node.meta["readings"] = chosen.readings.get(g, 1)
+            log_norm = log_norm_of(program)
+            found.append((budget.rank(chosen.error, chosen.cost(log_norm)), chosen))
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def _search(
+        self,
+        program: Program,
+        budget: _Budget,
+        free: Sequence[_Group],
+        fixed: dict[_Group, int],
+    ) -> _Allotment | None:
+        """Return the best allotment at today's noise, None where none keeps to a default budget."""
         by_need = sorted(free, key=lambda g: -g.response / g.look_ups)
-        splits = _Splits(by_need, fixed, log_norm)
+        splits = _Splits(by_need, fixed, log_norm_of(program), self.exchange)
         best: dict[bool, _Split] = {}
         least_error, least_cost = math.inf, math.inf
-        for p_error, wide, narrow in self._choices(options):
+        for p_error, wide, narrow in self._choices(program.options):
             for found in splits.of(p_error, wide, narrow, budget):
                 least_error = min(least_error, found.error)
                 least_cost = min(least_cost, found.cost)
                 is_mixed = wide != narrow
                 if budget.holds(found) and (
-                    is_mixed not in best or budget.rank(found) < budget.rank(best[is_mixed])
+                    is_mixed not in best
+                    or budget.rank(found.error, found.cost)
+                    < budget.rank(best[is_mixed].error, best[is_mixed].cost)
                 ):
                     best[is_mixed] = found
         if not best and budget.is_default:
-            return _uniform(options, free, fixed)
+            return None
         if not best:
             raise PassError(budget.refusal(program.name, math.sqrt(least_error), least_cost))
         chosen = next(iter(best.values()))
@@ -114,10 +145,11 @@ class AllotBits(Pass):
             if budget.max_cost is not None:
                 is_worth_it = best[True].error <= (1 - self.least_saving) * best[False].error
             chosen = best[is_worth_it]
-        return splits.allotment(chosen, self.exchange if budget.is_default else None)
+        return splits.allotment(chosen, is_default=budget.is_default)
 
     def _groups(self, program: Program) -> list[_Group]:
-        responses, spare = lookup_responses(program), spare_bits(program)
+        responses = lookup_responses(program)
+        most_readings = self.most_readings if _has_zeros(program) else 1
 
         def rule_of(n: fx.Node) -> int | None:
             path = str(n.meta.get("module_path", ""))
@@ -129,7 +161,7 @@ class AllotBits(Pass):
                 math.prod(d.shape_of(n)),
                 responses[n.name],
                 n.meta.get("lookup_bits", rule_of(n)),
-                self.most_readings if spare[n] >= self.room_for_readings else 1,
+                most_readings,
             )
             for n in program.maps()
         ]
@@ -137,7 +169,7 @@ class AllotBits(Pass):
     def _choices(self, options: Options) -> Iterator[tuple[float, int, int]]:
         """List all `p_error` with two widths each, the second at most as wide."""
         table = cost_table()
-        p_errors = table.p_errors if options.p_error is None else (options.p_error,)
+        p_errors = _P_ERRORS if options.p_error is None else (options.p_error,)
         widths = range(min(table.by_bits), MAX_LOOKUP_BITS + 1)
         narrower = self.narrower if options.most_widths == 2 else 0
         for p_error, wide in itertools.product(p_errors, widths):
@@ -171,6 +203,20 @@ class _Allotment:
     readings: dict[_Group, int] = dataclasses.field(default_factory=dict)
     """Of those that are read more than once."""
 
+    @property
+    def error(self) -> float:
+        """Return the predicted variance of the results, in parts of theirs."""
+        return sum(
+            g.error(bits, self.p_error) / self.readings.get(g, 1) for g, bits in self.bits.items()
+        )
+
+    def cost(self, log_norm: float) -> float:
+        """Return the predicted complexity, where the noisiest sum has such a norm."""
+        return sum(
+            g.look_ups * self.readings.get(g, 1) * lookup_cost(bits, self.p_error, log_norm)
+            for g, bits in self.bits.items()
+        )
+
 
 class _Split(NamedTuple):
     """What it costs to give the first groups one width, and the others a second."""
@@ -192,7 +238,11 @@ class _Splits:
     """Error and cost of every way to split the groups, by sums over the first k of them."""
 
     def __init__(
-        self, by_need: Sequence[_Group], fixed: dict[_Group, int], log_norm: float
+        self,
+        by_need: Sequence[_Group],
+        fixed: dict[_Group, int],
+        log_norm: float,
+        exchange: float,
     ) -> None:
         """Add up.
 
@@ -200,6 +250,7 @@ class _Splits:
             by_need: groups whose width is free, those that need bits most first.
             fixed: the others, with their width.
             log_norm: of the noisiest sum.
+            exchange: as in `AllotBits`.
         """
         self._by_need, self._fixed, self._log_norm = by_need, fixed, log_norm
         # Where all have one width, no width changes which step is the better one.
@@ -208,6 +259,7 @@ class _Splits:
             [float(g.look_ups) for g in by_need],
             [g.most_readings for g in by_need],
         )
+        self._most_steps = self._steps.worthwhile(exchange)
         self._responses = [0.0, *itertools.accumulate(g.response for g in by_need)]
         self._look_ups = [0, *itertools.accumulate(g.look_ups for g in by_need)]
 
@@ -225,7 +277,8 @@ class _Splits:
                     zip(self._steps.errors, self._steps.costs, strict=True)
                 )
             ]
-            yield budget.step(steps if self._has_one_width(wide, narrow) else steps[:1])
+            most = self._most_steps if self._has_one_width(wide, narrow) else 0
+            yield budget.step(steps[: most + 1])
             return
         for n in range(1, len(self._by_need)):
             responses = self._responses[n], self._responses[-1] - self._responses[n]
@@ -236,27 +289,25 @@ class _Splits:
                 p_error, wide, narrow, n,
             )  # fmt: skip
 
-    def allotment(self, split: _Split, exchange: float | None) -> _Allotment:
+    def allotment(self, split: _Split, *, is_default: bool) -> _Allotment:
         """Return the width of every group, and how often it is read.
 
-        Args:
-            split: which.
-            exchange: what reading once more must save, where no budget said how often.
+        Without a budget of the user's, as often as that is worth its price.
         """
         bits = {
             g: split.wide if i < split.n_wide else split.narrow for i, g in enumerate(self._by_need)
         }
         n_steps = split.n_steps
-        if exchange is not None and self._has_one_width(split.wide, split.narrow):
-            n_steps = self._steps.worthwhile(exchange)
+        if is_default and self._has_one_width(split.wide, split.narrow):
+            n_steps = self._most_steps
         readings = dict(zip(self._by_need, self._steps.counts(n_steps), strict=True))
         return _Allotment(split.p_error, self._fixed | bits, readings)
 
     def _has_one_width(self, wide: int, narrow: int) -> bool:
         """Say whether all look-ups have one width.
 
-        If not, none is read repeatedly: the wide ones, which would be, have parameters of their own
-        and no noise beside theirs that hides what is multiplied.
+        If not, none is read repeatedly: the wide ones, which would be, have keys of their own, and
+        a second width is for what makes little of the error.
         """
         return {wide, narrow, *self._fixed.values()} == {wide}
 
@@ -270,12 +321,12 @@ class _Budget:
     is_default: bool = False
 
     @staticmethod
-    def of(options: Options, groups: Sequence[_Group]) -> _Budget:
+    def of(options: Options, groups: Sequence[_Group], part_of_rounding: float) -> _Budget:
         if options.max_cost is not None:
             return _Budget(None, options.max_cost)
         if options.max_error is not None:
             return _Budget(options.max_error**2, None)
-        exact = lookup_variance(options.lookup_bits, 0.0)
+        exact = part_of_rounding * lookup_variance(options.lookup_bits, 0.0)
         return _Budget(sum(g.response for g in groups) * exact, None, is_default=True)
 
     def holds(self, found: _Split) -> bool:
@@ -295,9 +346,8 @@ class _Budget:
         number = bisect.bisect_left(steps, True, key=self.holds)
         return steps[min(number, len(steps) - 1)]
 
-    def rank(self, found: _Split) -> tuple[float, float]:
-        is_for_cost = self.max_cost is None
-        return (found.cost, found.error) if is_for_cost else (found.error, found.cost)
+    def rank(self, error: float, cost: float) -> tuple[float, float]:
+        return (cost, error) if self.max_cost is None else (error, cost)
 
     def refusal(self, name: str, least_error: float, least_cost: float) -> str:
         if self.max_cost is not None:
@@ -312,6 +362,14 @@ class _Budget:
             f"{MAX_LOOKUP_BITS} bits err by {least_error:.2g} of the results' deviation. "
             f"Try max_error={1.1 * least_error:.1e}."
         )
+
+
+def _has_zeros(program: Program) -> bool:
+    """Say whether there is an input that only weights read, from which zeros can be made."""
+    classes = find_classes(program)
+    read = {int(c) for n in program.maps() for c in classes.of[d.input_node(n)].unique()}
+    inputs = filter(d.is_encrypted, program.placeholders)
+    return any(read.isdisjoint(classes.of[p].unique().tolist()) for p in inputs)
 
 
 def _uniform(options: Options, free: Sequence[_Group], fixed: dict[_Group, int]) -> _Allotment:

@@ -64,8 +64,6 @@ class AssignScales(Pass):
     """Bits of an encoding that the values of a class are left short of where one look-up reads them
     in a narrower range than another. A look-up multiplies what it reads by a whole number, to fill
     the encoding: by one or two it may leave half of it empty, by eight or more a ninth."""
-    reading_bits: int = 5
-    """The same where a look-up is read several times, each time multiplied by another number."""
     input_margin: float = 0.25
     """Room beyond the calibrated range of an input that only weights read, as a part of it. The
     client clips there: linear precision is free."""
@@ -271,8 +269,6 @@ class _State:
             noise.scatter_reduce_(0, index, square, "amax")
             is_narrow = times * (high - low) < (1 - 2.0**-self.settings.room_bits) * room
             bits = torch.where(is_narrow, self.settings.room_bits, 0)
-            if int(node.meta.get("readings", 1)) > 1:
-                bits = torch.full_like(bits, self.settings.reading_bits)
             wanted.scatter_reduce_(0, index, bits, "amax")
         greatest = max(
             [1.0, float(noise.max()), *(float(norms[n].max()) for n in self.program.results)]

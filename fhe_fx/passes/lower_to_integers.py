@@ -19,13 +19,16 @@ from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
+from fhe_fx.ir.integer import Integer
 from fhe_fx.ir.ops import GATE, LINEAR, SCALE, SHIFT
 from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.passes.base import Pass, register
+from fhe_fx.passes.masks import behind_other_masks, encrypted_zeros, stays_inside
+from fhe_fx.quant.noise import noise_in_slots
 from fhe_fx.quant.overflow_estimate import estimate_overflow
-from fhe_fx.quant.ranges import class_ends, reading_factors
+from fhe_fx.quant.ranges import class_ends, times_to_fill
 from fhe_fx.quant.tables import ROOM, build_tables
 from fhe_fx.quant.weight_rounding import round_weights
 
@@ -66,31 +69,17 @@ class LowerToIntegers(Pass):
         return True
 
 
-@dataclass(frozen=True)
-class _Integer:
-    """A node of the integer program and what its integers mean, element by element."""
-
-    node: fx.Node
-    scale: Tensor
-    offset: Tensor
-
-
 class _Lowering:
     def __init__(
         self, settings: LowerToIntegers, program: Program, module: fx.GraphModule, end: fx.Node
     ) -> None:
         self.settings = settings
         self.program, self.module, self.end = program, module, end
-        self.values: dict[fx.Node, _Integer] = {}
+        self.values: dict[fx.Node, Integer] = {}
         self.maps: dict[fx.Node, fx.Node] = {}
         """The map that each look-up stands for."""
 
-    def _typed(self, node: fx.Node, scale: Tensor, offset: Tensor, width: int) -> _Integer:
-        scale, offset = scale.expand(d.shape_of(node)), offset.expand(d.shape_of(node))
-        node.meta["type"] = ValueType.signed(width, scale, offset)
-        return _Integer(node, scale, offset)
-
-    def lower(self, node: fx.Node) -> _Integer:
+    def lower(self, node: fx.Node) -> Integer:
         """Translate one node."""
         scale, width = node.meta["scale"], node.meta["width"]
         if d.is_clear(node):
@@ -103,22 +92,22 @@ class _Lowering:
         inputs = [self.values[n] for n in d.operands(node)]
         offset = d.evaluate(node, *(i.offset for i in inputs))
         if d.is_call(node, SHIFT) or node.meta.get("absorbed"):
-            return _Integer(inputs[0].node, scale, offset)
+            return Integer(inputs[0].node, scale, offset)
         if d.is_call(node, GATE):
             x, by = inputs
             # What is multiplied must be zero at integer zero, up to half a unit.
             steps = (x.offset / x.scale).round().long()
             if bool((steps != 0).any()):
                 shifted = builder.shift(x.node, steps)
-                x = self._typed(shifted, x.scale, x.offset - steps * x.scale, width)
+                x = Integer.typed(shifted, x.scale, x.offset - steps * x.scale, width)
             gated = builder.gate(x.node, by.node)
-            return self._typed(gated, scale, torch.zeros_like(scale), width)
+            return Integer.typed(gated, scale, torch.zeros_like(scale), width)
         if d.is_call(node, SCALE):
             factor = d.constant(d.input_node(node, 1)).double()
             whole = (factor * inputs[0].scale / scale).round().long()
             if whole.unique().numel() == 1:
                 whole = whole.reshape(-1)[0]
-            return self._typed(builder.scale(inputs[0].node, whole), scale, offset, width)
+            return Integer.typed(builder.scale(inputs[0].node, whole), scale, offset, width)
         if d.is_call(node, LINEAR):
             return self._linear(builder, node, inputs[0])
         moved = [i.node for i in inputs]
@@ -126,9 +115,9 @@ class _Lowering:
         args = fx.node.map_arg(
             node.args, lambda n: given[n] if n in given else builder.constant(d.constant(n))
         )
-        return self._typed(builder.call(node.target, *args), scale, offset, width)
+        return Integer.typed(builder.call(node.target, *args), scale, offset, width)
 
-    def _linear(self, builder: Builder, node: fx.Node, x: _Integer) -> _Integer:
+    def _linear(self, builder: Builder, node: fx.Node, x: Integer) -> Integer:
         """Round weights for their sums, whose mean error goes into the offset."""
         weight, scale = d.constant(d.input_node(node, 1)).double(), node.meta["scale"]
         exact = weight * x.scale[..., :1, :].transpose(-2, -1) / scale[..., :1, :]
@@ -142,7 +131,7 @@ class _Lowering:
             whole = round_weights(exact, _rows_of(values - mean, exact))
             offset = offset + torch.matmul(mean, exact - whole) * scale
         new = builder.linear(x.node, whole)
-        return self._typed(new, scale, offset, int(node.meta["width"]))
+        return Integer.typed(new, scale, offset, int(node.meta["width"]))
 
     def _placeholder(self, node: fx.Node) -> fx.Node:
         with self.module.graph.inserting_before(self.end):
@@ -152,7 +141,7 @@ class _Lowering:
             new.meta.pop(key, None)
         return new
 
-    def _clear_input(self, node: fx.Node) -> _Integer:
+    def _clear_input(self, node: fx.Node) -> Integer:
         """Take integers as they are; a mask may hold zeros and ones, whatever calibration saw."""
         new = self._placeholder(node)
         seen = self.program.observed[node.name]
@@ -160,9 +149,9 @@ class _Lowering:
         low = -high if bool((seen < 0).any()) else 0
         one = torch.ones((), dtype=torch.float64).expand(d.shape_of(node))
         new.meta["type"] = ValueType(one, torch.zeros_like(one), low, high)
-        return _Integer(new, one, torch.zeros_like(one))
+        return Integer(new, one, torch.zeros_like(one))
 
-    def _input(self, node: fx.Node, scale: Tensor) -> _Integer:
+    def _input(self, node: fx.Node, scale: Tensor) -> Integer:
         new = self._placeholder(node)
         if "range" in node.meta:
             low, high = node.meta["range"]
@@ -175,35 +164,34 @@ class _Lowering:
         offset = ((low + high) / 2).expand(scale.shape)
         span = float(((high - low) / scale.abs()).max())
         bits = max(2, int(torch.tensor(max(span, 2.0)).log2().ceil()))
-        return self._typed(new, scale, offset, bits)
+        return Integer.typed(new, scale, offset, bits)
 
     def _centre(
-        self, builder: Builder, x: _Integer, low: Tensor, high: Tensor, width: int
-    ) -> _Integer:
+        self, builder: Builder, x: Integer, low: Tensor, high: Tensor, width: int
+    ) -> Integer:
         """Shift so that the middle of the range is at integer zero."""
         middle = (low + high) / 2
         steps = ((x.offset - middle) / x.scale).round()
         if not bool((steps != 0).any()):
             return x
         node = builder.shift(x.node, steps.long())
-        return self._typed(node, x.scale, x.offset - steps * x.scale, width)
+        return Integer.typed(node, x.scale, x.offset - steps * x.scale, width)
 
-    def _lookup(self, builder: Builder, node: fx.Node, scale: Tensor, width: int) -> _Integer:
+    def _lookup(self, builder: Builder, node: fx.Node, scale: Tensor, width: int) -> Integer:
         """Look up as often as the map is to be read, and add up to the mean."""
-        factors = reading_factors(d.input_node(node), int(node.meta.get("readings", 1)))
-        answers = [
-            self._reading(builder, node, times.long(), scale * len(factors), width)
-            for times in factors
-        ]
+        x = self._filling(builder, node)
+        others, zeros = self._behind_other_masks(builder, node, x)
+        read = [x, *others]
+        answers = [self._reading(builder, node, again, scale * len(read), width) for again in read]
         first = answers[0].node
         self.maps[first] = node
         for answer in answers:
             answer.node.meta["function"] = operator_name(node)
-            if answer.node is not first:
-                answer.node.meta["reading_of"] = first.name
             if "error_variance" in node.meta:
-                variance = float(node.meta["error_variance"]) / len(factors) ** 2
+                variance = float(node.meta["error_variance"]) / len(read) ** 2
                 answer.node.meta["error_variance"] = f"{variance:.4g}"
+        for again in (*zeros, *(a.node for a in answers[1:])):
+            again.meta["reading_of"] = first.name
         result = self._mean(builder, answers, width)
         # Centre the result, so that sums of many stay inside their encoding.
         mean = self.program.observed[node.name].double().mean(0)
@@ -211,19 +199,55 @@ class _Lowering:
         if not bool((steps != 0).any()):
             return result
         moved = builder.shift(result.node, steps.long())
-        return self._typed(moved, scale, result.offset - steps * scale, width)
+        return Integer.typed(moved, scale, result.offset - steps * scale, width)
 
-    def _reading(
-        self, builder: Builder, node: fx.Node, times: Tensor, scale: Tensor, width: int
-    ) -> _Integer:
-        """Multiply what a map reads, and look it up."""
-        source, bits = d.input_node(node), int(node.meta["lookup_bits"])
-        x, accumulator = self.values[source], int(source.meta["width"])
-        low, high = source.meta["range"]
+    def _filling(self, builder: Builder, node: fx.Node) -> Integer:
+        """Multiply and centre what a map reads, so that its range fills the encoding."""
+        source = d.input_node(node)
+        x, width = self.values[source], int(source.meta["width"])
+        times = times_to_fill(source).long()
         if bool((times > 1).any()):
             scaled = builder.scale(x.node, times)
-            x = self._typed(scaled, x.scale / times, x.offset, accumulator)
-        x = self._centre(builder, x, low, high, accumulator)
+            x = Integer.typed(scaled, x.scale / times, x.offset, width)
+        low, high = source.meta["range"]
+        return self._centre(builder, x, low, high, width)
+
+    def _behind_other_masks(
+        self, builder: Builder, node: fx.Node, x: Integer
+    ) -> tuple[list[Integer], list[fx.Node]]:
+        """Return what a map reads as all its readings but the first read it.
+
+        And the look-ups that encrypt the zeros for that.
+        """
+        readings = int(node.meta.get("readings", 1))
+        if readings == 1:
+            return [], []
+        bits, width = int(node.meta["lookup_bits"]), int(d.input_node(node).meta["width"])
+        source = self._source_of_zeros(bits)
+        if source is None:
+            reason = "read once: no input stays so far from the ends of its encoding"
+            self.program.note(self.settings, node, reason)
+            return [], []
+        first = Builder(self.module, self.end, node, LowerToIntegers.name)
+        first.provenance["is_zero"] = True
+        read, read_width = self.values[source], int(source.meta["width"])
+        zeros, made_by = encrypted_zeros(first, read, read_width, bits, x, width)
+        return behind_other_masks(builder, x, zeros, readings - 1), [made_by]
+
+    def _source_of_zeros(self, bits: int) -> fx.Node | None:
+        """Find an input that is never read beyond the ends of a table."""
+        deviation = noise_in_slots(self.program.options.chosen_p_error)
+        for source in filter(d.is_encrypted, self.program.placeholders):
+            if stays_inside(self.values[source], int(source.meta["width"]), bits, deviation):
+                return source
+        return None
+
+    def _reading(
+        self, builder: Builder, node: fx.Node, x: Integer, scale: Tensor, width: int
+    ) -> Integer:
+        """Look a map up."""
+        source, bits = d.input_node(node), int(node.meta["lookup_bits"])
+        accumulator = int(source.meta["width"])
         least, greatest = _class_range(self.program, node)
         room = (greatest - least) * ROOM
         tables = build_tables(
@@ -236,15 +260,15 @@ class _Lowering:
             averages=self.settings.averages_slots,
         )
         read = builder.lookup(x.node, tables.entries, tables.which, bits, accumulator - bits)
-        return self._typed(read, scale, tables.offset, width)
+        return Integer.typed(read, scale, tables.offset, width)
 
-    def _mean(self, builder: Builder, answers: list[_Integer], width: int) -> _Integer:
+    def _mean(self, builder: Builder, answers: list[Integer], width: int) -> Integer:
         """Add answers: the sum of the first k is their mean, in units of a k-th."""
         total = answers[0]
         for k, answer in enumerate(answers[1:], 2):
             node = builder.add(total.node, answer.node)
             offset = torch.stack([a.offset for a in answers[:k]]).mean(0)
-            total = self._typed(node, answer.scale / k, offset, width)
+            total = Integer.typed(node, answer.scale / k, offset, width)
         return total
 
     def note_overflow(self, exact: Program) -> None:
@@ -262,12 +286,12 @@ class _Lowering:
         value = self._centre(builder, self.values[node], low, high, int(node.meta["width"]))
         if value.node.meta["type"].scale is not value.scale:
             # An absorbed factor or a shift changed only what the integers mean.
-            value = _Integer(
+            value = Integer(
                 builder.shift(value.node, torch.zeros((), dtype=torch.int64)),
                 value.scale,
                 value.offset,
             )
-            self._typed(value.node, value.scale, value.offset, int(node.meta["width"]))
+            Integer.typed(value.node, value.scale, value.offset, int(node.meta["width"]))
         return value.node
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import GATE, LINEAR, LOOKUP, SCALE, SHIFT
+from fhe_fx.quant.classes import find_classes
 
 if TYPE_CHECKING:
     from torch import fx
 
     from fhe_fx.ir.program import Program
+    from fhe_fx.quant.classes import Classes
 
-__all__ = ["behind_look_ups", "log_norm_of", "spare_bits", "squared_norms"]
+__all__ = ["behind_look_ups", "log_norm_of", "squared_norms"]
 
 
 def behind_look_ups(program: Program) -> set[fx.Node]:
@@ -37,31 +40,14 @@ def log_norm_of(program: Program) -> float:
     as the optimizer takes them; inputs hardly have noise.
 
     Args:
-        program: of either stage. In float, weights count as integers of the bits that weights of
-            answers have, and factors as one, since most are absorbed by scales.
+        program: of either stage. In float, with observed values, weights count as the integers that
+            they will be where sums of answers fill their encodings, and factors as one, since most
+            are absorbed by scales.
     """
-    return _log_norms(program)[0]
-
-
-def spare_bits(program: Program) -> dict[fx.Node, float]:
-    """Return by how many bits each look-up could multiply what it reads before that costs anything.
-
-    The noise that it reads with what look-ups answered is then as large as the greatest there is,
-    for which all of them pay (`log_norm_of`).
-    """
-    greatest, read = _log_norms(program)
-    return {node: greatest - norm for node, norm in read.items()}
-
-
-def _log_norms(program: Program) -> tuple[float, dict[fx.Node, float]]:
-    """Return log2 of the greatest norm, and of what each look-up reads."""
-    norms = squared_norms(program, lambda node: _whole_weight(program, node))
-
-    def log2(node: fx.Node) -> float:
-        return 0.5 * math.log2(max(float(norms[node].max()), 1e-300))
-
-    read = {n: log2(d.input_node(n)) for n in program.encrypted() if _is_look_up(n)}
-    return max([0.0, *map(log2, program.results), *read.values()]), read
+    norms = squared_norms(program, _WholeWeights(program))
+    read = [d.input_node(n) for n in program.encrypted() if _is_look_up(n)]
+    greatest = max([1.0, *(float(norms[n].max()) for n in [*read, *program.results])])
+    return 0.5 * math.log2(greatest)
 
 
 def squared_norms(
@@ -105,15 +91,35 @@ def _squared(
     return moved
 
 
-def _whole_weight(program: Program, node: fx.Node) -> Tensor:
-    """Return the weights of an integer program, or what those of a float one will be like."""
-    weight = d.constant(d.input_node(node, 1))
-    if not weight.is_floating_point():
-        return weight.double()
-    if node.target == SCALE:
-        return torch.ones((), dtype=torch.float64)
-    greatest = float(2 ** (program.options.bits_of_answers_weights - 1) - 1)
-    return weight.double() * (greatest / (float(weight.abs().max()) or 1.0))
+class _WholeWeights:
+    """The weights of an integer program, or what those of a float one will be."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    @functools.cached_property
+    def _classes(self) -> Classes:
+        return find_classes(self.program)
+
+    def __call__(self, node: fx.Node) -> Tensor:
+        weight = d.constant(d.input_node(node, 1))
+        if not weight.is_floating_point():
+            return weight.double()
+        if node.target == SCALE:
+            return torch.ones((), dtype=torch.float64)
+        x = d.input_node(node)
+        before, after = self._range(x), self._range(node)
+        relative = weight.double() * before[..., :1, :].mT / after[..., :1, :]
+        # One width serves all sums: that at which the weights of most have their bits.
+        greatest = float(2 ** (self.program.options.bits_of_answers_weights - 1) - 1)
+        bits = (greatest / relative.abs().amax(-2).clamp_min(1e-12)).log2()
+        whole: Tensor = relative * 2.0 ** float(bits.quantile(0.75).round())
+        return whole
+
+    def _range(self, node: fx.Node) -> Tensor:
+        """Return the observed range of the class of each element."""
+        low, high = self._classes.extremes(node, self.program.observed[node.name])
+        return (high - low).clamp_min(1e-12)[self._classes.of[node]]
 
 
 def _is_look_up(node: fx.Node) -> bool:

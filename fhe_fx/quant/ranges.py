@@ -14,7 +14,7 @@ from fhe_fx.ir.ops import LINEAR, SHIFT
 if TYPE_CHECKING:
     from fhe_fx.ir.program import Program
 
-__all__ = ["class_ends", "reading_factors", "sample_ends", "times_to_fill"]
+__all__ = ["class_ends", "sample_ends", "times_to_fill"]
 
 
 def class_ends(
@@ -122,15 +122,3 @@ def times_to_fill(source: fx.Node) -> Tensor:
     room = (1 << int(source.meta["width"])) * source.meta["scale"].abs()
     times: Tensor = (room / (high - low).clamp_min(1e-300)).floor().clamp(1, 1 << 16)
     return times
-
-
-def reading_factors(source: fx.Node, readings: int) -> list[Tensor]:
-    """Return by how much each of several readings multiplies what it reads.
-
-    The first fills the encoding (`times_to_fill`), and each other is by one less: two whole numbers
-    round a mask alike the more, the smaller they are in lowest terms. None is below half of the
-    first, which would leave half of the slots empty; there are fewer readings then.
-    """
-    times = times_to_fill(source)
-    distinct = int((times - (times / 2).floor()).min()) if times.numel() else 1
-    return [times - i for i in range(min(readings, distinct))]

@@ -1,9 +1,9 @@
 """How often look-ups are read, where the mean of several readings errs less than one.
 
-The noise of a bootstrap comes from rounding the mask of what it reads. Multiplied by another whole
-number the mask rounds otherwise, so readings of one value have independent noise, and their mean
-has its variance divided by how many there are. That costs as many look-ups; but the few that make
-most of the error, as those of a softmax do, are read four times for a few per cent.
+The noise of a bootstrap comes from switching keys and rounding the mask of what it reads. Behind
+another mask, which an encrypted zero added to it makes, it is another noise; so the mean of several
+readings has its variance divided by how many there are. That costs as many look-ups; but the few
+that make most of the error, as those of a softmax do, are read four times for a few per cent.
 """
 
 from __future__ import annotations

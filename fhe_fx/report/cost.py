@@ -25,6 +25,9 @@ from fhe_fx.report.overflow import EdgeOverflow, edges_of, overflow_of, sentence
 
 __all__ = ["NodeCost", "RegionCost", "Report", "report_on"]
 
+_ZERO = "zero"
+"""Function of a look-up that encrypts a zero, for the readings of another."""
+
 
 @dataclass(frozen=True)
 class NodeCost:
@@ -220,9 +223,9 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
     variance = sum(variances.values())
     total = sum(costs.values())
     nodes = []
-    for n, *again in readings.values():
+    for name, all_of_it in readings.items():
+        n = next(m for m in all_of_it if m.name == name)
         source: ValueType = d.input_node(n).meta["type"]
-        all_of_it = [n, *again]
         nodes.append(
             NodeCost(
                 n.name,
@@ -233,11 +236,11 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
                 bits[n],
                 source.bits,
                 sum(costs[m] for m in all_of_it) / total,
-                sum(variances[m] for m in all_of_it) / (variance or 1.0)
+                sum(variances.get(m, 0.0) for m in all_of_it) / (variance or 1.0)
                 if n in variances
                 else None,
                 overflow_of(n),
-                len(all_of_it),
+                sum(m.meta.get("function") != _ZERO for m in all_of_it),
             )
         )
     nodes.sort(key=lambda c: -c.share)

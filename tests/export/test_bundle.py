@@ -42,6 +42,8 @@ def test_the_client_gets_no_weight_in_float_or_integers(written: Path) -> None:
         flat = tensor.reshape(-1)
         flat = flat[flat.abs() > 1] if not tensor.is_floating_point() else flat
         for k in range(len(flat) - 1):
+            if flat[k] == flat[k + 1]:  # twice the same number stands anywhere by chance
+                continue
             for needle in _encodings(flat[k : k + 2]):
                 n_searched += 1
                 assert not any(needle in content for content in held)

@@ -36,11 +36,11 @@ def _function(x: Tensor) -> Tensor:
     ).sum(-1)
 
 
-def _allotted(**options: object) -> Program:
+def _allotted(allot: AllotBits = AllotBits(), **options: object) -> Program:  # noqa: B008
     """Run the pipeline up to and with `allot-bits`."""
     program = program_from(_function, SAMPLES, **options)  # type: ignore[arg-type]
     passes = tuple(default_pipeline())
-    Pipeline(passes[: [p.name for p in passes].index("allot-bits") + 1]).run(program)
+    Pipeline((*passes[: [p.name for p in passes].index("allot-bits")], allot)).run(program)
     return program
 
 
@@ -81,6 +81,12 @@ def _noisy_error(program: Program) -> float:
     return relative_error(expected, decoded)
 
 
+def _allowed(program: Program, n_bits: int) -> float:
+    """Return the squared error of a default budget."""
+    rounding = sum(lookup_responses(program).values()) * lookup_variance(n_bits + 2, 0.0)
+    return AllotBits().part_of_rounding * rounding
+
+
 def test_a_given_p_error_leaves_all_look_ups_at_two_bits_more_than_an_activation_has() -> None:
     program = _allotted(n_bits=4, p_error=0.1)
     assert set(_bits(program).values()) == {6}
@@ -91,15 +97,14 @@ def test_a_given_p_error_leaves_all_look_ups_at_two_bits_more_than_an_activation
 def test_noise_and_rounding_together_err_as_rounding_alone_may(n_bits: int) -> None:
     program = _allotted(n_bits=n_bits)
     assert program.options.p_error in cost_table().p_errors
-    allowed = sum(lookup_responses(program).values()) * lookup_variance(n_bits + 2, 0.0)
-    assert _error(program) <= math.sqrt(allowed)
+    assert _error(program) <= math.sqrt(_allowed(program, n_bits))
 
 
 def test_nothing_of_one_width_that_keeps_to_the_budget_is_cheaper() -> None:
     program = _allotted(n_bits=4)
     responses = lookup_responses(program)
     look_ups = sum(math.prod(d.shape_of(n)) for n in program.maps())
-    allowed = sum(responses.values()) * lookup_variance(6, 0.0)
+    allowed = _allowed(program, 4)
     uniform = [
         look_ups * lookup_cost(bits, p_error, log_norm_of(program))
         for bits in range(2, 17)
@@ -128,12 +133,13 @@ def test_a_complexity_that_may_be_spent_buys_precision() -> None:
 
 
 def test_a_second_width_is_taken_where_it_saves_enough() -> None:
-    program = _allotted(n_bits=4)
+    once = AllotBits(most_readings=1)
+    program = _allotted(once, n_bits=4)
     widths = set(_bits(program).values())
     assert len(widths) == 2  # those of the exponential hardly matter
     (exp,) = (n for n in program.maps() if "exp" in str(d.map_of(n).graph))
     assert exp.meta["lookup_bits"] == min(widths)
-    assert len(set(_bits(_allotted(n_bits=4, most_widths=1)).values())) == 1
+    assert len(set(_bits(_allotted(once, n_bits=4, most_widths=1)).values())) == 1
 
 
 @pytest.mark.parametrize(
@@ -145,7 +151,7 @@ def test_a_second_width_is_taken_where_it_saves_enough() -> None:
 )
 def test_a_budget_that_cannot_be_kept_is_refused(budget: dict[str, float], text: str) -> None:
     with pytest.raises(PassError, match=text):
-        _allotted(**budget)
+        _allotted(AllotBits(), **budget)
 
 
 def test_rules_win_an_exact_one_over_expressions() -> None:
@@ -203,7 +209,7 @@ def test_the_look_ups_that_make_most_of_the_error_are_read_several_times() -> No
     assert before.predicted_error is not None
     assert after.predicted_error is not None
     saved = 1 - (after.predicted_error / before.predicted_error) ** 2
-    assert saved > 2 * (after.look_ups / before.look_ups - 1)
+    assert saved > after.look_ups / before.look_ups - 1
     # And so it is with noise, on inputs that calibration did not see.
     assert _noisy_error(programs[1]) < _noisy_error(programs[0])
 
@@ -215,10 +221,7 @@ def test_a_budget_buys_more_where_look_ups_may_be_read_repeatedly(
     found = []
     for most_readings in (1, 4):
         allot = AllotBits(most_readings=most_readings)
-        program = program_from(_function, SAMPLES, most_widths=1, **budget)  # type: ignore[arg-type]
-        passes = tuple(default_pipeline())
-        before = passes[: [p.name for p in passes].index("allot-bits")]
-        Pipeline((*before, allot)).run(program)
+        program = _allotted(allot, most_widths=1, **budget)
         found.append((_error(program), _cost(program)))
     once, repeatedly = found
     if "max_error" in budget:
