@@ -15,6 +15,7 @@ and the table says so.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -51,8 +52,9 @@ def main() -> None:
     """Measure what is missing, then write tables and plots."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", default="6,8,16,32", help="lengths of head and attention")
-    parser.add_argument("--by-hand", default="6,8", help="lengths at which a head is naive besides")
-    parser.add_argument("--most-look-ups", type=int, default=100_000, help="that are compiled")
+    parser.add_argument("--head-by-hand", default="6,8,16,32", help="lengths of the naive head")
+    parser.add_argument("--by-hand", default="6,8", help="lengths of the naive attention")
+    parser.add_argument("--most-look-ups", type=int, default=1_000_000, help="that are compiled")
     parser.add_argument("--seconds", type=float, default=3600, help="that a row may take")
     parser.add_argument("--keep-seconds", action="store_true", help="for estimates of later runs")
     parser.add_argument("--execute", action="store_true", help="run 6-token heads with keys")
@@ -125,13 +127,13 @@ def keep_seconds(rows: Sequence[Row]) -> None:
 
 def wanted(given: argparse.Namespace) -> list[Row]:
     """Return the key of every row, cheap ones first."""
-    lengths = [int(n) for n in given.tokens.split(",")]
-    by_hand = [int(n) for n in given.by_hand.split(",") if n]
-    code = digest_of_code()[:12]
+    lengths = numbers(given.tokens)
+    by_hand = {HEAD: numbers(given.head_by_hand), ATTENTION: numbers(given.by_hand)}
+    code = digest_of_code()[:12] + digest_of_circuits()[:4]
     growth = [
         {
             "kind": "growth", "part": part, "n_bits": N_BITS, "tokens": n,
-            "most": given.most_look_ups, "by_hand": n in by_hand,
+            "most": given.most_look_ups, "by_hand": n in by_hand[part],
             "execute": given.execute and part == HEAD and n == min(lengths), "code": code,
         }
         for n in lengths
@@ -142,6 +144,18 @@ def wanted(given: argparse.Namespace) -> list[Row]:
         for part, n_bits in parts.PARTS
     ]
     return growth + ([] if given.skip_parts else shipped)
+
+
+def numbers(text: str) -> list[int]:
+    """Return the numbers between commas."""
+    return [int(n) for n in text.split(",") if n]
+
+
+def digest_of_circuits() -> str:
+    """Return a hash of what the benchmarks measure besides the package."""
+    measured = ("measure.py", "naive.py", "parts.py")
+    texts = [Path(__file__).with_name(name).read_bytes() for name in measured]
+    return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
 def read(store: Path) -> list[Row]:
@@ -165,8 +179,9 @@ def attempt(key: Row, seconds: float) -> Row:
     except subprocess.TimeoutExpired:
         found = {"left_out": f"not done in {seconds:.0f} s"}
     except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines() or [f"ended with {error.returncode}"]
-        found = {"left_out": lines[-1][:200]}
+        lines = error.stderr.strip().splitlines()
+        killed = error.returncode < 0 or not lines  # nothing was said of it, as without memory
+        found = {"left_out": f"ended with {error.returncode}" if killed else lines[-1][:200]}
     taken = round(time.perf_counter() - start, 1)
     return {**key, **found, "seconds": taken, "machine": machine_name()}
 

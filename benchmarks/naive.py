@@ -137,13 +137,16 @@ class NaiveHead:
         exps = exps * seen
         total = np.sum(exps, axis=1, keepdims=True)
         inverse = self._read("sum", total, lambda t: most * most / np.maximum(t, most), most)
-        weights = self._read("weight", exps * inverse, _times(1 / most), most)
+        # In 0 to `levels`, as wide as signed values: Concrete's product of two encrypted matrices
+        # overflows where one of them is signed and the other is unsigned and has a bit more.
+        factor = self.levels / most**2
+        weights = self._read("weight", exps * inverse, _times(factor), self.levels)
         return weights @ v
 
     @property
     def result_scale(self) -> float:
         """What one unit of the result is."""
-        return float(self.tables[2][1] / (2**self.n_bits - 1))
+        return float(self.tables[2][1] / self.levels)
 
     def quantize(self, x: Array) -> Array:
         """Return the integers of an input."""
@@ -173,7 +176,7 @@ class NaiveAttention:
             _read(rounder, head(x), _times(head.result_scale / self.scale), self.levels)
             for head, rounder in zip(self.heads, self.rounders, strict=True)
         ]
-        return np.concatenate(read, axis=1) @ self.weight + self.bias
+        return np.concatenate(tuple(read), axis=1) @ self.weight + self.bias
 
 
 def _whole(

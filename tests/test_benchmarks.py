@@ -105,7 +105,12 @@ def test_kept_rows_are_not_measured_again_and_those_left_out_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     choices = Namespace(
-        tokens="6,8,16", by_hand="6", most_look_ups=9, execute=False, skip_parts=True
+        tokens="6,8,16",
+        head_by_hand="6",
+        by_hand="",
+        most_look_ups=9,
+        execute=False,
+        skip_parts=True,
     )
     keys = [key for key in bench.wanted(choices) if key["part"] == bench.HEAD]
     tried = []
