@@ -4,9 +4,11 @@
     python benchmarks/bench.py --tokens 6,8 --execute # fewer lengths; run heads with keys
     python benchmarks/bench.py --draw                 # tables and plots of what is kept
 
-Writes bench.json, bench.md and plots (PNG, SVG) to build/bench. Each row is a process of its own
-and is kept when it is done, so a run that was stopped goes on where it was; a row is measured again
-when the package has changed. Look-ups and complexity are exact and the same on every machine.
+Writes bench.json, bench.md and plots (PNG, SVG) to build/bench, with the law by which costs grow
+with the length. It says first how long the missing rows will take, by what they took before. Each
+row is a process of its own and is kept when it is done, so a run that was stopped goes on where it
+was; a row is measured again when the package has changed, and tried again when it was left out.
+Look-ups and complexity are exact and the same on every machine.
 Beyond `--most-look-ups` nothing is compiled: look-ups are exact then too, the complexity is
 predicted and marked, and noise is not simulated. What takes longer than `--seconds` is left out,
 and the table says so.

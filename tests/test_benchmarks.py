@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,32 @@ def test_kept_rows_are_not_measured_again_and_those_left_out_are(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "3 rows, 0 kept: how long is not known"
     assert lines[-1] == "3 rows, 3 kept: nothing to measure"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (subprocess.TimeoutExpired("row", 7), "not done in 7 s"),
+        (
+            subprocess.CalledProcessError(1, "row", stderr="Traceback\nValueError: why\n"),
+            "ValueError: why",
+        ),
+        (subprocess.CalledProcessError(-9, "row", stderr="a warning\n"), "ended with -9"),
+        (subprocess.CalledProcessError(3, "row", stderr=""), "ended with 3"),
+    ],
+)
+def test_a_row_that_fails_says_why(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(bench, "machine_name", lambda: "M")  # asks a process of its own
+    monkeypatch.setattr(subprocess, "run", run)
+    found = bench.attempt({"part": "one head"}, 7)
+    assert found["left_out"] == reason
+    assert found["part"] == "one head"
+    assert found["seconds"] >= 0
 
 
 def test_seconds_are_expected_by_the_same_row_or_by_the_law_of_other_lengths() -> None:
