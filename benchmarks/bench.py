@@ -90,7 +90,7 @@ def measure(keys: Sequence[Row], store: Path, seconds: float) -> None:
         name = f"{key['part']}, n_bits={key['n_bits']}, {key['tokens']} tokens"
         print(f"{number} of {len(missing)}: {name}, {estimate([key], known)}", flush=True)
         found = attempt(key, seconds)
-        known.append(found)
+        known += [] if "left_out" in found else [found]
         with store.open("a") as file:
             file.write(json.dumps(found) + "\n")
         print(f"  {found.get('left_out') or 'done'}, {found['seconds']:.0f} s", flush=True)

@@ -143,6 +143,10 @@ class NaiveHead:
         weights = self._read("weight", exps * inverse, _times(factor), self.levels)
         return weights @ v
 
+    def adjust(self, inputs: Sequence[Array]) -> None:
+        """Find how many bits each rounding drops."""
+        fhe.AutoRounder.adjust(self, inputs)
+
     @property
     def result_scale(self) -> float:
         """What one unit of the result is."""
@@ -170,13 +174,20 @@ class NaiveAttention:
         self.rounders = [fhe.AutoRounder(target_msbs=msbs) for _ in self.heads]
         self.quantize = self.heads[0].quantize
 
+    def adjust(self, inputs: Sequence[Array]) -> None:
+        """Find how many bits each rounding drops, head by head, which do not read each other."""
+        for number in range(len(self.heads)):
+            fhe.AutoRounder.adjust(lambda x, i=number: self._read_head(i, x), inputs)
+
+    def _read_head(self, number: int, x: Any) -> Any:
+        head = self.heads[number]
+        table = _times(head.result_scale / self.scale)
+        return _read(self.rounders[number], head(x), table, self.levels)
+
     def __call__(self, x: Any) -> Any:
         """Compute on integers `[tokens, channels]`; the result times `result_scale` is real."""
-        read = [
-            _read(rounder, head(x), _times(head.result_scale / self.scale), self.levels)
-            for head, rounder in zip(self.heads, self.rounders, strict=True)
-        ]
-        return np.concatenate(tuple(read), axis=1) @ self.weight + self.bias
+        read = tuple(self._read_head(i, x) for i in range(len(self.heads)))
+        return np.concatenate(read, axis=1) @ self.weight + self.bias
 
 
 def _whole(
@@ -225,7 +236,7 @@ def measured(
         else NaiveAttention(layer, samples, n_bits)
     )
     inputs = [naive.quantize(x) for x in samples]
-    fhe.AutoRounder.adjust(naive, inputs)
+    naive.adjust(inputs)
     chosen = {} if p_error is None else {"p_error": p_error}
     start = time.perf_counter()
     with owned_folders() as keep:

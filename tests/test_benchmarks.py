@@ -11,7 +11,6 @@ from typing import Any
 import bench
 import numpy as np
 import pytest
-from concrete.fhe import AutoRounder  # noqa: TID251 -- circuits by hand are Concrete's own
 from growth import Law, digits, laws, series
 from hypothesis import given
 from hypothesis import strategies as st
@@ -183,11 +182,12 @@ def test_attention_by_hand_is_near_the_float_one_when_it_has_bits() -> None:
     heads = tuple(_head(generator, 6, 3) for _ in range(2))
     attention = Attention(heads, (generator.normal(size=(6, 6)), generator.normal(size=6)))
     samples = list(generator.normal(size=(16, 3, 6)) / 3)
-    for layer, circuit in (
+    pairs: list[tuple[Head | Attention, NaiveHead | NaiveAttention]] = [
         (heads[0], NaiveHead(heads[0], samples, n_bits=10, msbs=14)),
         (attention, NaiveAttention(attention, samples, n_bits=10, msbs=14)),
-    ):
-        AutoRounder.adjust(circuit, [circuit.quantize(x) for x in samples])
+    ]
+    for layer, circuit in pairs:
+        circuit.adjust([circuit.quantize(x) for x in samples])
         x = samples[0]
         found = circuit(circuit.quantize(x)) * circuit.result_scale
         assert np.abs(found - layer(x)).max() < 0.03 * np.abs(layer(x)).max()
