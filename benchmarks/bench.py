@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import parts
-from growth import Law, laws
+from growth import laws
 from measure import (
     Row,
     cost_row,
@@ -45,6 +45,8 @@ from fhe_fx.report.machine import machine_name
 OUT = Path(__file__).parents[1] / "build" / "bench"
 SECONDS = Path(__file__).with_name("seconds.jsonl")
 """How long rows took somewhere, for the first estimate."""
+PLACE = ("kind", "part", "n_bits", "tokens")
+"""What tells rows apart, but for the code and how they are measured."""
 HEAD, ATTENTION = "one head", "12 heads"
 HELD_OUT, SIMULATED = 32, 4
 N_BITS = 4
@@ -107,22 +109,14 @@ def estimate(keys: Sequence[Row], known: Sequence[Row]) -> str:
 
 
 def expected(key: Row, known: Sequence[Row]) -> float | None:
-    """Return the seconds that a row took last, else those by the law of its other lengths."""
-    lengths = {r["tokens"]: float(r["seconds"]) for r in known if kind_of(r) == kind_of(key)}
-    if key["tokens"] in lengths:
-        return lengths[key["tokens"]]
-    law = Law.of(lengths.items())
-    return float(law(key["tokens"])) if law else None
-
-
-def kind_of(row: Row) -> tuple[object, ...]:
-    """Return what a row is of, but for the length."""
-    return row["kind"], row["part"], row["n_bits"]
+    """Return the seconds that a row took last, if it ever was measured."""
+    same = [row for row in known if all(row[name] == key[name] for name in PLACE)]
+    return float(same[-1]["seconds"]) if same else None
 
 
 def keep_seconds(rows: Sequence[Row]) -> None:
     """Write how long each row took to the file that estimates start from."""
-    names = ("kind", "part", "n_bits", "tokens", "seconds", "machine")
+    names = (*PLACE, "seconds", "machine")
     done = [json.dumps({n: row[n] for n in names}) for row in rows if "left_out" not in row]
     SECONDS.write_text("\n".join(done) + "\n")
 
@@ -167,7 +161,7 @@ def read(store: Path) -> list[Row]:
 
 def newest(rows: Sequence[Row]) -> list[Row]:
     """Return the last row of each kind and length, of those that the newest package gave."""
-    found = {(*kind_of(r), r["tokens"]): r for r in rows if r["code"] == rows[-1]["code"]}
+    found = {tuple(r[n] for n in PLACE): r for r in rows if r["code"] == rows[-1]["code"]}
     return list(found.values())
 
 

@@ -159,15 +159,23 @@ def test_a_row_that_fails_says_why(
     assert found["seconds"] >= 0
 
 
-def test_seconds_are_expected_by_the_same_row_or_by_the_law_of_other_lengths() -> None:
-    known = [_row(n, code="older") for n in (6, 8, 16)]
-    assert bench.expected(_row(8), known) == 16
-    assert bench.expected(_row(32), known) == pytest.approx(64)
-    assert bench.expected(_row(32), known[:2]) is None
+def test_seconds_are_expected_by_what_the_same_row_took_last() -> None:
+    known = [_row(6, code="older", seconds=1.0), _row(8), _row(6)]
+    assert bench.expected(_row(6), known) == 12
+    assert bench.expected(_row(32), known) is None
     assert bench.expected(_row(8, "12 heads"), known) is None
-    assert bench.estimate([_row(32), _row(8, "12 heads")], known) == (
-        "about 64 s, and 1 of which it is not known"
+    assert bench.estimate([_row(6), _row(8), _row(32)], known) == (
+        "about 28 s, and 1 of which it is not known"
     )
+
+
+def test_seconds_are_kept_for_later_estimates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "SECONDS", tmp_path / "seconds.jsonl")
+    bench.keep_seconds([_row(100), {**_row(6), "left_out": "no memory"}])
+    assert bench.estimate([_row(100)], bench.read(bench.SECONDS)) == "about 3 min"
+    assert len(bench.read(bench.SECONDS)) == 1
 
 
 def _head(generator: np.random.Generator, channels: int, width: int) -> Head:
