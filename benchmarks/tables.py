@@ -69,9 +69,15 @@ def growth(found: Sequence[Row]) -> list[str]:
         if law["predicted"]:
             cost += f" (predicted at {', '.join(map(str, law['predicted']))})"
         lengths = ", ".join(map(str, law["lengths"]))
-        shares = [f"{100 * law[name]:+.1f} %" for name in ("farthest", "ahead")]
+        shares = [percent(law[name]) for name in ("farthest", "ahead")]
         text.append(line((law["part"], cost, law["law"], lengths, *shares)))
     return text
+
+
+def percent(share: float) -> str:
+    """Return a signed share to a tenth of a percent; what rounds to nothing has no sign."""
+    rounded = round(100 * share, 1)
+    return f"{rounded:+} %" if rounded else "0.0 %"
 
 
 def line(cells: Sequence[str]) -> str:

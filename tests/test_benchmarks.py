@@ -15,7 +15,7 @@ from growth import Law, digits, laws, series
 from hypothesis import given
 from hypothesis import strategies as st
 from naive import Attention, Head, NaiveAttention, NaiveHead
-from tables import markdown
+from tables import markdown, percent
 
 LENGTHS = (6, 8, 16, 32)
 coefficients = st.floats(1, 1e12)
@@ -68,6 +68,12 @@ def test_two_lengths_have_no_law() -> None:
 )
 def test_three_digits(number: float, text: str) -> None:
     assert digits(number) == text
+
+
+def test_a_share_that_rounds_to_nothing_has_no_sign() -> None:
+    assert [percent(s) for s in (-0.0004, 0.0, 0.0087, -0.24)] == [
+        "0.0 %", "0.0 %", "+0.9 %", "-24.0 %",
+    ]  # fmt: skip
 
 
 def test_laws_name_the_lengths_whose_complexity_is_predicted() -> None:
