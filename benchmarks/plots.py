@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from growth import COSTS, Law, price, series
 from measure import Row
 
 from fhe_fx.quant.lookup_cost import cost_table
 
 BLUE, ORANGE, GREY, GREEN = "#1f6fb2", "#c2410c", "#6b7280", "#15803d"
-STYLES = {"one head": (BLUE, "o"), "12 heads": (ORANGE, "s"), "one head, by hand": (GREY, "^")}
+STYLES = {
+    "one head": (BLUE, "o"), "12 heads": (ORANGE, "s"),
+    "one head, by hand": (GREY, "^"), "12 heads, by hand": (GREY, "v"),
+}  # fmt: skip
+STAGES = {"clear_error": "clear", "simulate_error": "simulated"}
 WIDTH, HEIGHT = 6.3, 3.2  # inches: the text width of a page
 SETTINGS: Any = {
     "font.size": 9,
@@ -31,15 +36,14 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    grown = [r for r in rows if r["kind"] == "growth" and "left_out" not in r]
     made = []
     with mpl.rc_context(SETTINGS):
-        for name, paint in (
-            ("look_up", look_up),
-            ("growth", lambda f: growth(f, grown)),
-            ("error", lambda f: error(f, rows)),
+        for name, height, paint in (
+            ("look_up", HEIGHT, look_up),
+            ("growth", 1.7 * HEIGHT, lambda f: growth(f, rows)),
+            ("error", HEIGHT, lambda f: error(f, rows)),
         ):
-            figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+            figure = Figure(figsize=(WIDTH, height), layout="constrained")
             paint(figure)
             for ending in ("png", "svg"):
                 made.append(out / f"{name}.{ending}")
@@ -68,68 +72,51 @@ def look_up(figure: Any) -> None:
     axes.set_xlim(2.8, 9.9)
 
 
-def law(rows: Sequence[Row]) -> tuple[float, float]:
-    """Return factor and exponent of the power of the length that the complexity follows."""
-    tokens, costs = np.log([[r["tokens"], price(r)] for r in rows]).T
-    exponent, factor = np.polyfit(tokens, costs, 1)
-    return float(np.exp(factor)), float(exponent)
-
-
-def price(row: Row) -> float:
-    """Return the complexity, predicted where it was not compiled."""
-    return float(row.get("complexity") or row["predicted_complexity"])
-
-
-def series(grown: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return rows by what they are of, circuits by hand last, in order of the length."""
-    by_hand = [r["naive"] for r in grown if "naive" in r]
-    found: dict[str, list[Row]] = {}
-    for row in sorted([*grown, *by_hand], key=lambda r: (len(r["part"]) > 10, r["tokens"])):
-        found.setdefault(row["part"], []).append(row)
-    return found
-
-
-def growth(figure: Any, grown: Sequence[Row]) -> None:
-    """Draw complexity against the length with its fitted law, and the errors beside it."""
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for part, rows in series(grown).items():
-        colour, marker = STYLES[part]
-        for row in rows:
-            face = colour if row.get("complexity") else "white"
-            left.plot(
-                row["tokens"], price(row), marker, color=colour, mfc=face, ms=5, zorder=3
-            )  # fmt: skip
-        label = part
-        if len(rows) > 1:
-            factor, exponent = law(rows)
-            x = np.linspace(rows[0]["tokens"], rows[-1]["tokens"])
-            left.plot(x, factor * x**exponent, "-", lw=1, color=colour)
-            digits, power = f"{factor:.1e}".split("e")
-            label += rf": ${digits}\times10^{{{int(power)}}}\,T^{{{exponent:.2f}}}$"
-        left.plot([], [], marker, color=colour, label=label, ms=5)
-        for stage, style in (("clear_error", ":"), ("simulate_error", "-")):
-            points = [(r["tokens"], r[stage]) for r in rows if r.get(stage) is not None]
+def growth(figure: Any, rows: Sequence[Row]) -> None:
+    """Draw both costs against the length, each with its fitted law, and both errors below."""
+    panels = figure.subplots(2, 2, sharex=True, height_ratios=(3, 2))
+    grown = series(rows)
+    for axes, (name, cost) in zip(panels[0], COSTS.items(), strict=True):
+        for part, own in grown.items():
+            paint_cost(axes, part, own, cost)
+        axes.set_yscale("log")
+        axes.set_ylabel(name.replace("_", "-"))
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** (0.12 * len(grown)))  # room for the legend
+        axes.legend(fontsize=6.5, frameon=False, loc="upper left", handletextpad=0.3)
+    for axes, (stage, name) in zip(panels[1], STAGES.items(), strict=True):
+        for part, own in grown.items():
+            colour, marker = STYLES[part]
+            points = [(r["tokens"], r[stage]) for r in own if r.get(stage) is not None]
             if points:
-                right.plot(
-                    *zip(*points, strict=True), marker + style, color=colour, ms=4, lw=1,
-                    mfc=colour if stage == "simulate_error" else "white",
-                )  # fmt: skip
-    lengths = sorted({r["tokens"] for r in grown})
-    for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_xticks(lengths, [str(n) for n in lengths])
-        axes.minorticks_off()
+                axes.plot(*zip(*points, strict=True), marker + "-", color=colour, ms=4, lw=1)
+        axes.set_ylabel(f"relative error, {name}")
         axes.set_xlabel("tokens T")
-    left.set_yscale("log")
-    left.set_ylabel("complexity")
-    if any(not r.get("complexity") for r in grown):
-        left.plot([], [], "o", color="black", mfc="white", ms=5, label="predicted, not compiled")
-    left.legend(fontsize=7, frameon=False)
-    right.set_ylim(0)
-    right.set_ylabel("relative error, held-out inputs")
-    right.plot([], [], "k-", lw=1, label="simulated")
-    right.plot([], [], "k:", lw=1, label="clear")
-    right.legend(fontsize=7, frameon=False)
+    panels[1, 0].sharey(panels[1, 1])
+    panels[1, 0].set_ylim(0)
+    panels[0, 0].set_xscale("log")
+    lengths = sorted({r["tokens"] for own in grown.values() for r in own})
+    panels[0, 0].set_xticks(lengths, [str(n) for n in lengths])
+    for axes in panels.flat:
+        axes.minorticks_off()
+
+
+def paint_cost(axes: Any, part: str, rows: Sequence[Row], cost: Callable[[Row], float]) -> None:
+    """Draw the points of one part, hollow where predicted, and the law that was fitted to them."""
+    colour, marker = STYLES[part]
+    law = Law.of((r["tokens"], cost(r)) for r in rows)
+    label = f"{part}: {law}" if law else part
+    if law:
+        x = np.geomspace(rows[0]["tokens"], rows[-1]["tokens"])
+        axes.plot(x, law(x), "-", lw=1, color=colour)
+    hollow = [r for r in rows if cost is price and not r.get("complexity")]
+    for own, face, text in (
+        ([r for r in rows if r not in hollow], colour, label),
+        (hollow, "white", f"{part}: predicted, not compiled"),
+    ):
+        if own:
+            points = zip(*[(r["tokens"], cost(r)) for r in own], strict=True)
+            axes.plot(*points, marker, color=colour, mfc=face, ms=5, zorder=3, label=text)
 
 
 def error(figure: Any, rows: Sequence[Row]) -> None:
