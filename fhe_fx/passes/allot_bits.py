@@ -62,8 +62,9 @@ class AllotBits(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"fused", "calibrated", "no-products"})
     gives: ClassVar[frozenset[str]] = frozenset({"bits"})
 
-    least_saving: float = 0.2
-    """Part of the cost that a second width must save: it has keys of its own, half a gigabyte."""
+    least_saving: float = 0.5
+    """Part of the cost that a second width must save by the table: it has keys of its own, half a
+    gigabyte, and circuits of two widths have cost up to four times what the table says."""
     narrower: int = 3
     """By how many bits the second width may be narrower than the first."""
     most_readings: int = 4

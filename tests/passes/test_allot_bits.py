@@ -133,7 +133,7 @@ def test_a_complexity_that_may_be_spent_buys_precision() -> None:
 
 
 def test_a_second_width_is_taken_where_it_saves_enough() -> None:
-    once = AllotBits(most_readings=1)
+    once = AllotBits(most_readings=1, least_saving=0.2)
     program = _allotted(once, n_bits=4)
     widths = set(_bits(program).values())
     assert len(widths) == 2  # those of the exponential hardly matter
