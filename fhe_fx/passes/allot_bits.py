@@ -44,11 +44,6 @@ from fhe_fx.quant.response import lookup_responses
 
 __all__ = ["AllotBits"]
 
-_P_ERRORS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.65, 0.7)
-"""Those that are tried. Beyond, a bit less at a smaller one has the same noise at the same price.
-Between 0.4 and 0.6 a polynomial size is used up, and which parameters the optimizer finds hangs on
-the rest of the circuit: one of two widths cost twice what the table says."""
-
 
 @register
 @dataclass(frozen=True)
@@ -62,6 +57,10 @@ class AllotBits(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"fused", "calibrated", "no-products"})
     gives: ClassVar[frozenset[str]] = frozenset({"bits"})
 
+    p_errors: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.65, 0.7)
+    """Those that are tried, if none was given. Beyond, a bit less at a smaller one has the same
+    noise at the same price. Between 0.4 and 0.6 a polynomial size is used up, and which parameters
+    the optimizer finds hangs on the rest of the circuit."""
     least_saving: float = 0.5
     """Part of the cost that a second width must save by the table: it has keys of its own, half a
     gigabyte, and circuits of two widths have cost up to four times what the table says."""
@@ -170,7 +169,7 @@ class AllotBits(Pass):
     def _choices(self, options: Options) -> Iterator[tuple[float, int, int]]:
         """List all `p_error` with two widths each, the second at most as wide."""
         table = cost_table()
-        p_errors = _P_ERRORS if options.p_error is None else (options.p_error,)
+        p_errors = self.p_errors if options.p_error is None else (options.p_error,)
         widths = range(min(table.by_bits), MAX_LOOKUP_BITS + 1)
         narrower = self.narrower if options.most_widths == 2 else 0
         for p_error, wide in itertools.product(p_errors, widths):

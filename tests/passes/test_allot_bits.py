@@ -101,14 +101,15 @@ def test_noise_and_rounding_together_err_as_rounding_alone_may(n_bits: int) -> N
 
 
 def test_nothing_of_one_width_that_keeps_to_the_budget_is_cheaper() -> None:
-    program = _allotted(n_bits=4)
+    once = AllotBits(most_readings=1)
+    program = _allotted(once, n_bits=4)
     responses = lookup_responses(program)
     look_ups = sum(math.prod(d.shape_of(n)) for n in program.maps())
     allowed = _allowed(program, 4)
     uniform = [
         look_ups * lookup_cost(bits, p_error, log_norm_of(program))
         for bits in range(2, 17)
-        for p_error in cost_table().p_errors
+        for p_error in once.p_errors
         if sum(responses.values()) * lookup_variance(bits, p_error) <= allowed
     ]
     assert _cost(program) <= min(uniform)
