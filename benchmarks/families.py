@@ -187,8 +187,8 @@ does not load.
 """
 
 
-EARLIER = """Some rows are of an earlier compiler than the one that wrote this page; the command
-measures them again.
+EARLIER = """Rows with a star are of an earlier compiler than the one that wrote this page; the
+command measures them again.
 """
 
 
@@ -223,7 +223,8 @@ def _table(rows: list[Row]) -> list[str]:
     ]
     notes: dict[str, int] = {}
     for r in rows:
-        head = f"| {r['family']} | {r['part']} |"
+        star = "" if r["code"] == digest_of_code()[:12] else " *"
+        head = f"| {r['family']}{star} | {r['part']} |"
         reason = r.get("refused") or r.get("stopped")
         if reason:
             number = notes.setdefault(reason, len(notes) + 1)

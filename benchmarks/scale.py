@@ -159,10 +159,11 @@ def stack(depth: int) -> Row:
 
 def page(by_stage: Row, whole: Row, points: list[Row]) -> str:
     """Write what was measured."""
+    threads = "one thread" if by_stage["threads"] == 1 else f"{by_stage['threads']} threads"
     stages = (
         f"`fhe-fx report {stages_of.MODEL} --submodule {stages_of.PART} --tokens "
         f"{stages_of.TOKENS}` without its cache, stage by stage ({by_stage['look_ups']:,} "
-        f"look-ups, {by_stage['threads']} threads of PyTorch; `python benchmarks/stages.py`):"
+        f"look-ups, {threads} of PyTorch; `python benchmarks/stages.py`):"
     )
     lowered = (
         f"All {whole['parts']} attentions of `{MODEL}`, {TOKENS} tokens, lowered one after the "
