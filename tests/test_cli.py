@@ -429,8 +429,11 @@ def test_inspect_prints_data_and_writes_a_page(tmp_path: Path) -> None:
     assert (errors["name"], outside["name"]) == ("relative error", "out of range")
     names = {n["name"] for n in data["steps"][-1]["nodes"]}
     assert set(errors["values"]) <= names
-    # Every look-up has an error, and the result has that of the part.
-    assert {n["name"] for n in data["steps"][-1]["nodes"] if n["look_ups"]} <= set(errors["values"])
+    # Every look-up has an error but those that encrypt a zero, whose table is a constant.
+    read = [n for n in data["steps"][-1]["nodes"] if n["look_ups"]]
+    values = {n["name"] for n in read if len(set(n["table"])) > 2}
+    assert values <= set(errors["values"])
+    assert len(values) > len(read) / 2
     assert page.read_text().startswith("<!doctype html>")
     nowhere = tmp_path / "nowhere" / "page.html"
     assert refused(*given, "--html", nowhere) == (
