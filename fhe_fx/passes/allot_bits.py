@@ -63,7 +63,7 @@ class AllotBits(Pass):
     the optimizer finds hangs on the rest of the circuit."""
     least_saving: float = 0.5
     """Part of the cost that a second width must save by the table: it has keys of its own, half a
-    gigabyte, and circuits of two widths have cost up to four times what the table says."""
+    gigabyte, and circuits of two widths have cost more than twice what the table says."""
     narrower: int = 3
     """By how many bits the second width may be narrower than the first."""
     most_readings: int = 4
