@@ -101,15 +101,21 @@ class AllotBits(Pass):
         The sum of several answers has the noise of as many; where that is dearer, fewer are better.
         """
         budget = _Budget.of(program.options, [*free, *fixed], self.part_of_rounding)
-        found: list[tuple[tuple[float, float], _Allotment]] = []
-        for _ in range(2):
-            chosen = self._search(program, budget, free, fixed)
+        found: list[tuple[tuple[bool, float, float], _Allotment]] = []
+        exchanges = [self.exchange, self.exchange]
+        if not budget.is_default:
+            exchanges.insert(0, math.inf)  # nothing is read twice
+        for exchange in exchanges:
+            chosen = self._search(program, budget, free, fixed, exchange, may_fail=bool(found))
             if chosen is None:
-                return _uniform(program.options, free, fixed)
+                continue
             for g in chosen.bits:
                 g.node.meta["readings"] = chosen.readings.get(g, 1)
-            log_norm = log_norm_of(program)
-            found.append((budget.rank(chosen.error, chosen.cost(log_norm)), chosen))
+            cost = chosen.cost(log_norm_of(program))
+            is_dearer = budget.max_cost is not None and cost > budget.max_cost
+            found.append(((is_dearer, *budget.rank(chosen.error, cost)), chosen))
+        if not found:
+            return _uniform(program.options, free, fixed)
         return min(found, key=lambda pair: pair[0])[1]
 
     def _search(
@@ -118,10 +124,16 @@ class AllotBits(Pass):
         budget: _Budget,
         free: Sequence[_Group],
         fixed: dict[_Group, int],
+        exchange: float,
+        *,
+        may_fail: bool,
     ) -> _Allotment | None:
-        """Return the best allotment at today's noise, None where none keeps to a default budget."""
+        """Return the best allotment at today's noise.
+
+        None where none keeps to a default budget, or to any where that `may_fail`.
+        """
         by_need = sorted(free, key=lambda g: -g.response / g.look_ups)
-        splits = _Splits(by_need, fixed, log_norm_of(program), self.exchange)
+        splits = _Splits(by_need, fixed, log_norm_of(program), exchange)
         best: dict[bool, _Split] = {}
         least_error, least_cost = math.inf, math.inf
         for p_error, wide, narrow in self._choices(program.options):
@@ -135,7 +147,7 @@ class AllotBits(Pass):
                     < budget.rank(best[is_mixed].error, best[is_mixed].cost)
                 ):
                     best[is_mixed] = found
-        if not best and budget.is_default:
+        if not best and (budget.is_default or may_fail):
             return None
         if not best:
             raise PassError(budget.refusal(program.name, math.sqrt(least_error), least_cost))

@@ -62,12 +62,12 @@ def test_more_bits_are_nearer_to_float(evaluation: Evaluation) -> None:
 
 
 def test_noise_adds_to_the_error(evaluation: Evaluation) -> None:
-    """But for what it takes away: where a value is read several times, roundings differ with it."""
-    for setting, least in zip(evaluation.settings, (1.0, 0.9), strict=True):
-        clear, simulated = (
-            setting.stage(s).metrics["relative_error"].value for s in ("clear", "simulated")
-        )
-        assert simulated > least * clear
+    """At few bits; at many, what is read several times rounds otherwise each time, which helps."""
+    few, _ = evaluation.settings
+    clear, simulated = (
+        few.stage(s).metrics["relative_error"].value for s in ("clear", "simulated")
+    )
+    assert simulated > clear
 
 
 def test_clear_figures_are_those_of_the_encrypted_model_run_sentence_by_sentence(
