@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 import fhe_fx
 from fhe_fx.api import encrypted_modules
 from fhe_fx.backends.concrete.circuit import _signature
-from fhe_fx.backends.concrete.emit import declared_bounds, emit_function
+from fhe_fx.backends.concrete.emit import as_declared, emit_function
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.program import Program
 
@@ -62,7 +62,7 @@ def module_of(programs: list[Program], rule: str) -> Any:
     ]
     samples = {f"segment_{number}": [z if len(z) > 1 else z[0]] for number, z in enumerate(zeros)}
     options = fhe.Configuration(p_error=max(p.options.chosen_p_error for p in programs))
-    with declared_bounds():
+    with as_declared():
         return ModuleCompiler(functions, policies[rule]).compile(samples, options)
 
 

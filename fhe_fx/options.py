@@ -36,9 +36,9 @@ class Options:
     answer_weight_bits: int | None = None
     """The same of sums of what look-ups answered: each bit more doubles the noise that arrives at
     the next look-up. Without it `lookup_bits`, at most `weight_bits`."""
-    result_bits: int = 10
-    """Precision of a result that no look-up reads. It is decrypted exactly, and ten bits are the
-    widest that cost nothing beside the look-ups (docs/design.md, "Results")."""
+    result_bits: int | None = None
+    """Precision of a result: it is decrypted without the bits below. Each bit more halves the noise
+    that answers may have. Chosen with the widths of look-ups if it is not given."""
     p_error: float | None = None
     """Probability that one look-up reads a neighbouring entry of its table. Behind an approximate
     rounding that is one more unbiased rounding, not a fault. Chosen with the widths of look-ups if
@@ -73,7 +73,8 @@ class Options:
         _between("weight_bits", self.weight_bits, 2, 16)
         if self.answer_weight_bits is not None:
             _between("answer_weight_bits", self.answer_weight_bits, 2, 16)
-        _between("result_bits", self.result_bits, 2, 24)
+        if self.result_bits is not None:
+            _between("result_bits", self.result_bits, 2, 24)
         _between("most_widths", self.most_widths, 1, 2)
         _between("n_samples", self.n_samples, 2, 1_000_000)
         _between("seed", self.seed, 0, 2**63 - 1)
@@ -136,6 +137,11 @@ class Options:
     def chosen_p_error(self) -> float:
         """The `p_error` that was given or chosen; a usual one before it is chosen."""
         return 0.1 if self.p_error is None else self.p_error
+
+    @property
+    def chosen_result_bits(self) -> int:
+        """The `result_bits` that were given or chosen; usual ones before they are chosen."""
+        return 9 if self.result_bits is None else self.result_bits
 
     def rule_for(self, path: str, function: str) -> int | None:
         """Return the width that a rule gives to the look-ups of a function in a module.

@@ -15,6 +15,7 @@ from fhe_fx.ir.ops import (
     LOOKUP,
     MASKED_SOFTMAX,
     PUT_PAIRS,
+    ROUND,
     SCALE,
     SHIFT,
     TAKE_PAIRS,
@@ -262,3 +263,7 @@ class Builder:
     def lookup(self, x: fx.Node, tables: Tensor, which: Tensor, bits: int, lsbs: int) -> fx.Node:
         """Emit a programmable bootstrap of each element."""
         return self.call(LOOKUP, x, self.constant(tables), self.constant(which), bits, lsbs)
+
+    def round(self, x: fx.Node, bits: int, lsbs: int) -> fx.Node:
+        """Round away low bits of a result."""
+        return self.call(ROUND, x, bits, lsbs)

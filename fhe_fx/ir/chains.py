@@ -20,6 +20,8 @@ __all__ = ["AffineChain"]
 _STEPS = d.AFFINE - {PUT_PAIRS, TAKE_PAIRS}
 _MIXED = -1
 """Instead of a row's number: the element depends on several rows."""
+_NONE = -2
+"""Instead of a row's number: the element depends on none."""
 MAX_WEIGHTS = 1 << 26
 """No larger product is composed: rows with weights of their own take memory."""
 
@@ -32,6 +34,8 @@ class AffineChain:
     """In order; the node itself is the last."""
     sources: tuple[fx.Node, ...]
     """The encrypted nodes that they read and that are not among them."""
+    zeros: tuple[fx.Node, ...] = ()
+    """Others that they read, taken to be zero."""
 
     @staticmethod
     def of(node: fx.Node) -> AffineChain:
@@ -52,6 +56,11 @@ class AffineChain:
         visit(node)
         return AffineChain(tuple(nodes), tuple(sources))
 
+    def of_source(self, source: fx.Node) -> AffineChain:
+        """Return what is left of the chain where all other sources are zero."""
+        zeros = tuple(s for s in self.sources if s is not source)
+        return AffineChain(self.nodes, (source,), (*self.zeros, *zeros))
+
     def reason_against_one_product(self) -> str | None:
         """Say why the chain is not one clear-weight product of each row, or None if it is."""
         if len(self.sources) != 1:
@@ -62,6 +71,8 @@ class AffineChain:
         rows = self._rows()
         if bool((rows == _MIXED).any()):
             return "it mixes rows"
+        if bool((rows == _NONE).any()):
+            return "part of it is zero"
         counts = torch.bincount(rows.reshape(-1))
         counts = counts[counts > 0]
         if bool((counts != counts[0]).any()):
@@ -83,7 +94,9 @@ class AffineChain:
         read = torch.unique(rows)
         weight = weight[:, order].view(len(weight), len(read), -1).transpose(0, 1)
         x = b.index_select(b.view(source, (-1, d.shape_of(source)[-1])), 0, read)
-        if torch.allclose(weight, weight[:1].expand_as(weight), rtol=1e-6, atol=1e-9):
+        if len(read) == 1 and self.zeros:
+            product = _without_copies(b, x, weight[0])
+        elif torch.allclose(weight, weight[:1].expand_as(weight), rtol=1e-6, atol=1e-9):
             product = b.linear(x, weight[0].float())
         else:
             product = b.linear(b.view(x, (len(read), 1, -1)), weight.float())
@@ -111,6 +124,7 @@ class AffineChain:
         shape = d.shape_of(self.sources[0])
         number = torch.arange(math.prod(shape[:-1])).view(*shape[:-1], 1)
         found = {self.sources[0]: number.expand(shape)}
+        found |= {n: torch.full(d.shape_of(n), _NONE) for n in self.zeros}
         for node in self.nodes:
             found[node] = _rows_of(node, [found[n] for n in d.operands(node)])
         return found[self.nodes[-1]]
@@ -123,7 +137,9 @@ class AffineChain:
         """
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {self.sources[0]: graph.placeholder("x")}
-        copies[self.sources[0]].meta.update(self.sources[0].meta)
+        copies |= {n: graph.placeholder(f"zero_{i}") for i, n in enumerate(self.zeros)}
+        for n, copy in copies.items():
+            copy.meta.update(n.meta)
 
         def copied(n: fx.Node) -> fx.Node:
             if n not in copies:  # a constant
@@ -139,7 +155,11 @@ class AffineChain:
         inputs = torch.cat([torch.zeros(1, shape[-1], dtype=torch.float64), unit])
         inputs = inputs.view(-1, *(1,) * (len(shape) - 1), shape[-1]).expand(-1, *shape)
         with torch.no_grad():
-            values: Tensor = _AlikeRows(module).run(inputs).flatten(1)
+            zeros = [
+                torch.zeros((), dtype=torch.float64).expand(len(inputs), *d.shape_of(n))
+                for n in self.zeros
+            ]
+            values: Tensor = _AlikeRows(module).run(inputs, *zeros).flatten(1)
         return values[1:] - values[0], values[0]
 
 
@@ -156,6 +176,17 @@ class _AlikeRows(BatchInterpreter):
             once = once.narrow(axis, 0, 1)
         product: Tensor = super()._call(n, [once, args[1]])
         return product.expand(*x.shape[:-1], product.shape[-1])
+
+
+def _without_copies(b: Builder, x: fx.Node, weight: Tensor) -> fx.Node:
+    """Multiply by each distinct column once, and repeat what that makes."""
+    mixture = torch.randn(len(weight), generator=torch.Generator().manual_seed(0)).double()
+    mixed = mixture @ weight
+    value, order = mixed.sort()
+    is_new = value.diff(prepend=value[:1] - 1) > 1e-9 * mixture.norm() * weight.norm(dim=0).mean()
+    which = torch.empty_like(order)
+    which[order] = is_new.long().cumsum(0) - 1
+    return b.index_select(b.linear(x, weight[:, order[is_new]].float()), -1, which)
 
 
 def _in_place(b: Builder, product: fx.Node, rows: Tensor, order: Tensor) -> fx.Node:
@@ -180,7 +211,9 @@ def _rows_of(node: fx.Node, inputs: list[Tensor]) -> Tensor:
     if d.is_call(node, *d.STRUCTURAL):
         return d.evaluate(node, *inputs)
     if d.is_call(node, d.ADD, d.SUB):
-        return torch.where(first == inputs[-1], first, _MIXED).expand(shape)
+        second = inputs[-1]
+        same = torch.where(first == second, first, _MIXED)
+        return torch.where(first == _NONE, second, torch.where(second == _NONE, first, same))
     if d.is_call(node, d.SUM):
         return _common(first, tuple(Sum.of(node).dims)).reshape(shape)
     if d.is_call(node, LINEAR):
@@ -189,5 +222,6 @@ def _rows_of(node: fx.Node, inputs: list[Tensor]) -> Tensor:
 
 
 def _common(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
-    least, greatest = rows.amin(dims, keepdim=True), rows.amax(dims, keepdim=True)
+    greatest = rows.amax(dims, keepdim=True)
+    least = torch.where(rows == _NONE, greatest, rows).amin(dims, keepdim=True)
     return torch.where(least == greatest, least, _MIXED)

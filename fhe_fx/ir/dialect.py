@@ -14,6 +14,7 @@ from fhe_fx.ir.ops import (
     LOOKUP,
     MASKED_SOFTMAX,
     PUT_PAIRS,
+    ROUND,
     SCALE,
     SHIFT,
     TAKE_PAIRS,
@@ -71,7 +72,7 @@ PRODUCTS = frozenset({MUL, MATMUL})
 """Operators on two encrypted tensors that are not linear."""
 
 FLOAT_OPS = AFFINE | PRODUCTS | {MASKED_SOFTMAX, GATE, EMBED}
-INTEGER_OPS = (AFFINE | {LOOKUP, GATE}) - {TAKE_PAIRS, PUT_PAIRS}
+INTEGER_OPS = (AFFINE | {LOOKUP, ROUND, GATE}) - {TAKE_PAIRS, PUT_PAIRS}
 
 
 def is_call(node: object, *targets: object) -> bool:

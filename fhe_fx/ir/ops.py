@@ -4,7 +4,8 @@ The dialect has two stages with the same affine and structural operators:
 
 * *float*: elementwise functions are `call_module` nodes (one function of one tensor), products of
   two encrypted tensors are `aten.mul` and `aten.matmul`, and `masked_softmax` is one operator;
-* *integer*: affine operators have integer constants, and the only other operator is `lookup`.
+* *integer*: affine operators have integer constants, and the only others are `lookup`, and
+  `round`, behind which results leave.
 
 Every operator has a meaning in eager PyTorch, so a program of either stage simply runs.
 """
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fhe_fx.ir.types import as_decrypted
+
 __all__ = [
     "ENTER",
     "GATE",
@@ -24,6 +27,7 @@ __all__ = [
     "LOOKUP",
     "MASKED_SOFTMAX",
     "PUT_PAIRS",
+    "ROUND",
     "SCALE",
     "SHIFT",
     "TABULATED",
@@ -205,6 +209,28 @@ def _(x: Tensor, tables: Tensor, which: Tensor, bits: int, lsbs: int) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("fhe_fx::round", mutates_args=())
+def _round(x: Tensor, bits: int, lsbs: int) -> Tensor:
+    """Round away `lsbs` low bits of a result: a ciphertext is decrypted without them.
+
+    What is left has `bits` bits, and a result beyond them is right for as far again on both sides
+    together: the client reads the bit above, too, which a look-up needs for its own. Beyond that
+    it wraps.
+
+    Args:
+        x: accumulators of `bits + lsbs` bits, signed, int64, of any shape.
+        bits: of what is decrypted.
+        lsbs: low bits removed.
+    """
+    rounded = (x + (1 << (lsbs - 1)) >> lsbs) if lsbs else x
+    return as_decrypted(rounded, bits)
+
+
+@_round.register_fake
+def _(x: Tensor, bits: int, lsbs: int) -> Tensor:
+    return torch.empty_like(x)
+
+
 ENTER = torch.ops.fhe_fx.enter.default
 LEAVE = torch.ops.fhe_fx.leave.default
 SCALE = torch.ops.fhe_fx.scale.default
@@ -216,6 +242,7 @@ TAKE_PAIRS = torch.ops.fhe_fx.take_pairs.default
 PUT_PAIRS = torch.ops.fhe_fx.put_pairs.default
 MASKED_SOFTMAX = torch.ops.fhe_fx.masked_softmax.default
 LOOKUP = torch.ops.fhe_fx.lookup.default
+ROUND = torch.ops.fhe_fx.round.default
 
 
 # Gradients ----------------------------------------------------------------------------------

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-__all__ = ["ValueType"]
+__all__ = ["ValueType", "as_decrypted"]
+
+Whole = TypeVar("Whole", Tensor, npt.NDArray[np.int64])
+
+
+def as_decrypted(x: Whole, bits: int) -> Whole:
+    """Return whole numbers as a client reads a result of `bits` bits: modulo twice their number.
+
+    A ciphertext has a bit above its message. Results have no use for it but this: a value beyond
+    their bits is still right for half as many more on either side.
+    """
+    return (x + (1 << bits)) % (2 << bits) - (1 << bits)
+
 
 
 @dataclass(frozen=True, eq=False)

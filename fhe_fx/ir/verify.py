@@ -10,10 +10,10 @@ from torch import fx
 
 from fhe_fx.errors import InvariantError
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.ops import GATE, LOOKUP, SCALE, SHIFT
+from fhe_fx.ir.ops import GATE, LOOKUP, ROUND, SCALE, SHIFT
 from fhe_fx.ir.printer import format_program, operator_name
 from fhe_fx.ir.types import ValueType
-from fhe_fx.ir.views import Lookup
+from fhe_fx.ir.views import Lookup, Round
 
 if TYPE_CHECKING:
     from fhe_fx.ir.program import Program
@@ -108,6 +108,18 @@ def _tables_fit(node: fx.Node) -> str | None:
     return None
 
 
+def _rounds_a_result(node: fx.Node) -> str | None:
+    if not d.is_call(node, ROUND):
+        return None
+    view = Round.of(node)
+    if any(u.op != "output" for u in node.users):
+        return "what it rounds is read by others than the client"
+    source = view.x.meta.get("type")
+    if isinstance(source, ValueType) and source.bits != view.bits + view.lsbs:
+        return f"it rounds {view.lsbs} of {source.bits} bits and leaves {view.bits}"
+    return None
+
+
 def _integer_constants(node: fx.Node) -> str | None:
     if node.op == "get_attr" and d.constant(node).dtype.is_floating_point:
         return "a constant of the integer stage is not an integer"
@@ -132,6 +144,7 @@ INTEGER_RULES: tuple[Rule, ...] = (
     _has_type,
     _integer_constants,
     _tables_fit,
+    _rounds_a_result,
 )
 
 

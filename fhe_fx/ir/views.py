@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.ops import LOOKUP, MASKED_SOFTMAX, PUT_PAIRS, TAKE_PAIRS
+from fhe_fx.ir.ops import LOOKUP, MASKED_SOFTMAX, PUT_PAIRS, ROUND, TAKE_PAIRS
 
 __all__ = [
     "Cat",
@@ -22,6 +22,7 @@ __all__ = [
     "MaskedSoftmax",
     "Permute",
     "PutPairs",
+    "Round",
     "Sum",
     "TakePairs",
 ]
@@ -48,6 +49,20 @@ class Lookup:
         """Read the arguments of a `lookup`."""
         x, tables, which, bits, lsbs = _arguments(node, LOOKUP)
         return Lookup(x, d.constant(tables), d.constant(which), bits, lsbs)
+
+
+@dataclass(frozen=True)
+class Round:
+    """A result without its low bits; see `ops` for the meaning of each argument."""
+
+    x: fx.Node
+    bits: int
+    lsbs: int
+
+    @staticmethod
+    def of(node: fx.Node) -> Round:
+        """Read the arguments of a `round`."""
+        return Round(*_arguments(node, ROUND))
 
 
 @dataclass(frozen=True)

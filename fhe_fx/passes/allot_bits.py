@@ -1,4 +1,4 @@
-"""Give every look-up its input width, and the circuit its `p_error`, at the least cost.
+"""Give look-ups their input widths, results their bits, and the circuit its `p_error`, cheaply.
 
 Exact in float: widths only take effect when integers are made. Rounding to a slot and the noise of
 a bootstrap, which reads a neighbouring slot, are one error with one variance, and behind an
@@ -6,7 +6,7 @@ approximate rounding both are unbiased: so few bits that are never misread and m
 buy the same precision, and the second is cheaper. The pass knows what variance each look-up adds to
 the results, by derivatives on the calibration samples, and what a look-up costs at each width and
 `p_error`, by a table of Concrete's optimizer; of all that keep the results' error within the
-budget it takes the cheapest. A few look-ups often make most of the error: those are read several
+budget it takes the cheapest. Results are rounded to as many bits as that leaves them. A few look-ups often make most of the error: those are read several
 times (`quant/readings.py`), and their mean errs less.
 
 The budget is `max_error`, or a part of what rounding every look-up to `n_bits + lookup_extra_bits`
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -38,11 +39,18 @@ from fhe_fx.passes.base import Pass, register
 from fhe_fx.quant.classes import find_classes
 from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
 from fhe_fx.quant.noise import lookup_variance
-from fhe_fx.quant.noise_level import log_norm_of
+from fhe_fx.quant.noise_level import NoiseLevel
 from fhe_fx.quant.readings import Readings
-from fhe_fx.quant.response import lookup_responses
+from fhe_fx.quant.response import lookup_responses, result_response
+from fhe_fx.quant.result_weights import weighed_results, weights_response
 
 __all__ = ["AllotBits"]
+
+_UNSURE = 0.25
+"""Bits by which the noise of results may turn out greater than it is predicted in float: prices
+rise in steps."""
+_AS_CHEAP = 1.03
+"""Costs are told apart beyond this factor: the table is as exact."""
 
 
 @register
@@ -50,7 +58,8 @@ __all__ = ["AllotBits"]
 class AllotBits(Pass):
     """Set `lookup_bits`, `readings`, `error_variance` on maps, and `program.options.p_error`.
 
-    `node.meta["error_variance"]` is what one reading adds to the results' variance, in parts of it.
+    `node.meta["error_variance"]` is what one reading adds to the results' variance, in parts of it;
+    on a result, what rounding it adds. `program.options.result_bits` is set, too.
     """
 
     name: ClassVar[str] = "allot-bits"
@@ -66,6 +75,8 @@ class AllotBits(Pass):
     gigabyte, and circuits of two widths have cost more than twice what the table says."""
     narrower: int = 3
     """By how many bits the second width may be narrower than the first."""
+    result_bits: tuple[int, ...] = (7, 8, 9, 10, 11, 12)
+    """Bits of results that are tried, if none were given."""
     most_readings: int = 4
     """How often a look-up may be read, to take the mean; 1 where none is."""
     exchange: float = 1.5
@@ -76,6 +87,8 @@ class AllotBits(Pass):
     `n_bits + lookup_extra_bits` bits alone would make: what two bits more just keep to that are
     misread three times in five, the most for a polynomial of twice as many coefficients. What
     readings take away comes besides."""
+    part_of_results: float = 0.6
+    """What rounding results may add to that, in parts of it."""
 
     def run(self, program: Program) -> bool:
         """Choose among all pairs of widths at all `p_error` of the table."""
@@ -83,48 +96,71 @@ class AllotBits(Pass):
         groups = self._groups(program)
         fixed = {g: g.fixed_bits for g in groups if g.fixed_bits is not None}
         free = [g for g in groups if g.fixed_bits is None]
+        products = weighed_results(program)
+        for n in products:
+            n.meta.pop("weight_bits", None)
+        usual = _Results(
+            options.chosen_result_bits,
+            options.bits_of_answers_weights,
+            options.bits_of_answers_weights,
+            result_response(program),
+            weights_response(program, products),
+        )
         if options.is_uniform:
-            chosen = _uniform(options, free, fixed)
+            chosen = _uniform(options, free, fixed, usual)
         else:
-            chosen = self._cheapest(program, free, fixed)
+            chosen = self._cheapest(program, free, fixed, usual)
         for g, bits in chosen.bits.items():
             g.node.meta["lookup_bits"], g.node.meta["readings"] = bits, chosen.readings.get(g, 1)
             g.node.meta["error_variance"] = f"{g.error(bits, chosen.p_error):.4g}"
-        program.options = dataclasses.replace(options, p_error=chosen.p_error)
+        for n in program.results:
+            n.meta["error_variance"] = f"{chosen.results.error(chosen.p_error):.4g}"
+        for n in products:
+            n.meta["weight_bits"] = chosen.results.weight_bits
+        program.options = dataclasses.replace(
+            options, p_error=chosen.p_error, result_bits=chosen.results.bits
+        )
         return False
 
     def _cheapest(
-        self, program: Program, free: Sequence[_Group], fixed: dict[_Group, int]
+        self,
+        program: Program,
+        free: Sequence[_Group],
+        fixed: dict[_Group, int],
+        usual: _Results,
     ) -> _Allotment:
         """Search with the noise of sums before anything is read twice, and with what there is then.
 
         The sum of several answers has the noise of as many; where that is dearer, fewer are better.
         """
-        budget = _Budget.of(program.options, [*free, *fixed], self.part_of_rounding)
+        budget = _Budget.of(
+            program.options, [*free, *fixed], self.part_of_rounding, self.part_of_results
+        )
         found: list[tuple[tuple[bool, float, float], _Allotment]] = []
         exchanges = [self.exchange, self.exchange]
         if not budget.is_default:
             exchanges.insert(0, math.inf)  # nothing is read twice
         for exchange in exchanges:
-            chosen = self._search(program, budget, free, fixed, exchange, may_fail=bool(found))
+            by_need = sorted(free, key=lambda g: -g.response / g.look_ups)
+            splits = _Splits(by_need, fixed, NoiseLevel.of(program), exchange)
+            chosen = self._search(program, budget, splits, usual, may_fail=bool(found))
             if chosen is None:
                 continue
             for g in chosen.bits:
                 g.node.meta["readings"] = chosen.readings.get(g, 1)
-            cost = chosen.cost(log_norm_of(program))
+            cost = chosen.cost(NoiseLevel.of(program))
             is_dearer = budget.max_cost is not None and cost > budget.max_cost
             found.append(((is_dearer, *budget.rank(chosen.error, cost)), chosen))
         if not found:
-            return _uniform(program.options, free, fixed)
+            return _uniform(program.options, free, fixed, usual)
         return min(found, key=lambda pair: pair[0])[1]
 
     def _search(
         self,
         program: Program,
         budget: _Budget,
-        free: Sequence[_Group],
-        fixed: dict[_Group, int],
-        exchange: float,
+        splits: _Splits,
+        usual: _Results,
         *,
         may_fail: bool,
     ) -> _Allotment | None:
@@ -132,21 +168,15 @@ class AllotBits(Pass):
 
         None where none keeps to a default budget, or to any where that `may_fail`.
         """
-        by_need = sorted(free, key=lambda g: -g.response / g.look_ups)
-        splits = _Splits(by_need, fixed, log_norm_of(program), exchange)
-        best: dict[bool, _Split] = {}
+        holding: dict[bool, list[_Split]] = {}
         least_error, least_cost = math.inf, math.inf
-        for p_error, wide, narrow in self._choices(program.options):
-            for found in splits.of(p_error, wide, narrow, budget):
+        for p_error, wide, narrow, results in self._choices(program.options, usual):
+            for found in splits.of(p_error, wide, narrow, results, budget):
                 least_error = min(least_error, found.error)
                 least_cost = min(least_cost, found.cost)
-                is_mixed = wide != narrow
-                if budget.holds(found) and (
-                    is_mixed not in best
-                    or budget.rank(found.error, found.cost)
-                    < budget.rank(best[is_mixed].error, best[is_mixed].cost)
-                ):
-                    best[is_mixed] = found
+                if budget.holds(found):
+                    holding.setdefault(wide != narrow, []).append(found)
+        best = {is_mixed: budget.best(splits) for is_mixed, splits in holding.items()}
         if not best and (budget.is_default or may_fail):
             return None
         if not best:
@@ -178,15 +208,33 @@ class AllotBits(Pass):
             for n in program.maps()
         ]
 
-    def _choices(self, options: Options) -> Iterator[tuple[float, int, int]]:
-        """List all `p_error` with two widths each, the second at most as wide."""
+    def _choices(
+        self, options: Options, usual: _Results
+    ) -> Iterator[tuple[float, int, int, _Results]]:
+        """List all `p_error` with two widths each, the second at most as wide, and results."""
         table = cost_table()
         p_errors = self.p_errors if options.p_error is None else (options.p_error,)
         widths = range(min(table.by_bits), MAX_LOOKUP_BITS + 1)
         narrower = self.narrower if options.most_widths == 2 else 0
-        for p_error, wide in itertools.product(p_errors, widths):
-            for narrow in range(max(wide - narrower, widths.start), wide + 1):
-                yield p_error, wide, narrow
+        for p_error in p_errors:
+            results = self._results(options, usual, p_error)
+            for wide, ending in itertools.product(widths, results):
+                for narrow in range(max(wide - narrower, widths.start), wide + 1):
+                    yield p_error, wide, narrow, ending
+
+    def _results(self, options: Options, usual: _Results, p_error: float) -> list[_Results]:
+        """List the ways to round results, the best of each price."""
+        given = options.result_bits
+        bits = self.result_bits if given is None else (given,)
+        weight_bits = range(max(2, usual.weight_bits - 2), options.weight_bits + 1)
+        if options.answer_weight_bits is not None or not usual.weights_response:
+            weight_bits = range(usual.weight_bits, usual.weight_bits + 1)
+        best: dict[float, _Results] = {}
+        for b, w in itertools.product(bits, weight_bits):
+            found = dataclasses.replace(usual, bits=b, weight_bits=w)
+            same = best.setdefault(found.price, found)
+            best[found.price] = min(same, found, key=lambda r: r.error(p_error))
+        return list(best.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,10 +255,37 @@ class _Group:
 
 
 @dataclass(frozen=True)
+class _Results:
+    """How results, and the weights in front of them, are rounded."""
+
+    bits: int
+    weight_bits: int
+    usual_weight_bits: int
+    response: float
+    """As `result_response` gives it."""
+    weights_response: float
+    """As `weights_response` gives it, for the usual bits."""
+
+    @property
+    def price(self) -> float:
+        """By how many bits noise must be smaller than beside results of none."""
+        return self.bits + self.weight_bits - self.usual_weight_bits + _UNSURE
+
+    def error(self, p_error: float) -> float:
+        """Return the variance that it adds to the results, in parts of theirs.
+
+        Noise is as large beside a slot of theirs as beside one of a look-up, at most.
+        """
+        of_weights = self.weights_response * 4.0 ** (self.usual_weight_bits - self.weight_bits)
+        return self.response * lookup_variance(self.bits, p_error) + of_weights
+
+
+@dataclass(frozen=True)
 class _Allotment:
-    """A width for every group, and one `p_error`."""
+    """A width for every group and for results, and one `p_error`."""
 
     p_error: float
+    results: _Results
     bits: dict[_Group, int]
     readings: dict[_Group, int] = dataclasses.field(default_factory=dict)
     """Of those that are read more than once."""
@@ -218,14 +293,15 @@ class _Allotment:
     @property
     def error(self) -> float:
         """Return the predicted variance of the results, in parts of theirs."""
-        return sum(
+        return self.results.error(self.p_error) + sum(
             g.error(bits, self.p_error) / self.readings.get(g, 1) for g, bits in self.bits.items()
         )
 
-    def cost(self, log_norm: float) -> float:
-        """Return the predicted complexity, where the noisiest sum has such a norm."""
+    def cost(self, noise: NoiseLevel) -> float:
+        """Return the predicted complexity, at such a noise of sums."""
+        level = functools.partial(noise.at, result_bits=self.results.price)
         return sum(
-            g.look_ups * self.readings.get(g, 1) * lookup_cost(bits, self.p_error, log_norm)
+            g.look_ups * self.readings.get(g, 1) * lookup_cost(bits, self.p_error, level(bits))
             for g, bits in self.bits.items()
         )
 
@@ -235,11 +311,14 @@ class _Split(NamedTuple):
 
     error: float
     """Predicted variance of the results, in parts of theirs."""
+    results_error: float
+    """What of it rounding them makes."""
     cost: float
     """Predicted complexity."""
     p_error: float
     wide: int
     narrow: int
+    results: _Results
     n_wide: int
     """How many groups have the first width; none where the two are one."""
     n_steps: int = 0
@@ -253,7 +332,7 @@ class _Splits:
         self,
         by_need: Sequence[_Group],
         fixed: dict[_Group, int],
-        log_norm: float,
+        noise: NoiseLevel,
         exchange: float,
     ) -> None:
         """Add up.
@@ -261,10 +340,11 @@ class _Splits:
         Args:
             by_need: groups whose width is free, those that need bits most first.
             fixed: the others, with their width.
-            log_norm: of the noisiest sum.
+            noise: of sums.
             exchange: as in `AllotBits`.
         """
-        self._by_need, self._fixed, self._log_norm = by_need, fixed, log_norm
+        self._by_need, self._fixed = by_need, fixed
+        self._noise = noise
         # Where all have one width, no width changes which step is the better one.
         self._steps = Readings.of(
             [g.response for g in by_need],
@@ -275,16 +355,25 @@ class _Splits:
         self._responses = [0.0, *itertools.accumulate(g.response for g in by_need)]
         self._look_ups = [0, *itertools.accumulate(g.look_ups for g in by_need)]
 
-    def of(self, p_error: float, wide: int, narrow: int, budget: _Budget) -> Iterator[_Split]:
+    def of(
+        self, p_error: float, wide: int, narrow: int, results: _Results, budget: _Budget
+    ) -> Iterator[_Split]:
         """List the ways with two widths; with one, the one that the budget asks for."""
-        log_norm, bits = self._log_norm, self._fixed
-        error = sum(g.error(b, p_error) for g, b in bits.items())
-        cost = sum(g.look_ups * lookup_cost(b, p_error, log_norm) for g, b in bits.items())
+        fixed = _Allotment(p_error, results, self._fixed)
+        error, cost = fixed.error, fixed.cost(self._noise)
+        rounding = results.error(p_error)
         errors = [lookup_variance(b, p_error) for b in (wide, narrow)]
-        costs = [lookup_cost(b, p_error, log_norm) for b in (wide, narrow)]
+        costs = [
+            lookup_cost(b, p_error, self._noise.at(b, results.price)) for b in (wide, narrow)
+        ]
         if wide == narrow:
             steps = [
-                _Split(error + left * errors[0], cost + spent * costs[0], p_error, wide, wide, 0, n)
+                _Split(
+                    error + left * errors[0],
+                    rounding,
+                    cost + spent * costs[0],
+                    p_error, wide, wide, results, 0, n,
+                )  # fmt: skip
                 for n, (left, spent) in enumerate(
                     zip(self._steps.errors, self._steps.costs, strict=True)
                 )
@@ -297,8 +386,9 @@ class _Splits:
             counts = self._look_ups[n], self._look_ups[-1] - self._look_ups[n]
             yield _Split(
                 error + responses[0] * errors[0] + responses[1] * errors[1],
+                rounding,
                 cost + counts[0] * costs[0] + counts[1] * costs[1],
-                p_error, wide, narrow, n,
+                p_error, wide, narrow, results, n,
             )  # fmt: skip
 
     def allotment(self, split: _Split, *, is_default: bool) -> _Allotment:
@@ -313,7 +403,7 @@ class _Splits:
         if is_default and self._has_one_width(split.wide, split.narrow):
             n_steps = self._most_steps
         readings = dict(zip(self._by_need, self._steps.counts(n_steps), strict=True))
-        return _Allotment(split.p_error, self._fixed | bits, readings)
+        return _Allotment(split.p_error, split.results, self._fixed | bits, readings)
 
     def _has_one_width(self, wide: int, narrow: int) -> bool:
         """Say whether all look-ups have one width.
@@ -330,18 +420,26 @@ class _Budget:
 
     variance: float | None
     max_cost: float | None
+    for_results: float | None = None
+    """What of the variance rounding results may make, where look-ups may make the rest."""
     is_default: bool = False
 
     @staticmethod
-    def of(options: Options, groups: Sequence[_Group], part_of_rounding: float) -> _Budget:
+    def of(
+        options: Options, groups: Sequence[_Group], part_of_rounding: float, part_of_results: float
+    ) -> _Budget:
         if options.max_cost is not None:
             return _Budget(None, options.max_cost)
         if options.max_error is not None:
             return _Budget(options.max_error**2, None)
         exact = part_of_rounding * lookup_variance(options.lookup_bits, 0.0)
-        return _Budget(sum(g.response for g in groups) * exact, None, is_default=True)
+        of_look_ups = sum(g.response for g in groups) * exact
+        of_results = part_of_results * of_look_ups
+        return _Budget(of_look_ups + of_results, None, of_results, is_default=True)
 
     def holds(self, found: _Split) -> bool:
+        if self.for_results is not None and found.results_error > self.for_results:
+            return False
         if self.variance is not None:
             return found.error <= self.variance
         assert self.max_cost is not None
@@ -357,6 +455,13 @@ class _Budget:
             ]
         number = bisect.bisect_left(steps, True, key=self.holds)
         return steps[min(number, len(steps) - 1)]
+
+    def best(self, splits: Sequence[_Split]) -> _Split:
+        """Return the cheapest, and of those that cost as much the one that errs least."""
+        if self.max_cost is None:
+            most = _AS_CHEAP * min(s.cost for s in splits)
+            return min((s for s in splits if s.cost <= most), key=lambda s: (s.error, s.cost))
+        return min(splits, key=lambda s: (s.error, s.cost))
 
     def rank(self, error: float, cost: float) -> tuple[float, float]:
         return (cost, error) if self.max_cost is None else (error, cost)
@@ -384,6 +489,8 @@ def _has_zeros(program: Program) -> bool:
     return any(read.isdisjoint(classes.of[p].unique().tolist()) for p in inputs)
 
 
-def _uniform(options: Options, free: Sequence[_Group], fixed: dict[_Group, int]) -> _Allotment:
+def _uniform(
+    options: Options, free: Sequence[_Group], fixed: dict[_Group, int], usual: _Results
+) -> _Allotment:
     bits = fixed | dict.fromkeys(free, options.lookup_bits)
-    return _Allotment(options.chosen_p_error, bits)
+    return _Allotment(options.chosen_p_error, usual, bits)

@@ -9,6 +9,7 @@ behind a look-up, whose noise weights multiply: sums of answers have `answer_wei
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ from fhe_fx.quant.classes import (
     find_classes,
     is_exact_scale,
 )
-from fhe_fx.quant.noise_level import behind_look_ups, squared_norms
+from fhe_fx.quant.noise_level import behind_look_ups, bits_of_weights, squared_norms
 from fhe_fx.quant.ranges import class_ends
 
 __all__ = ["AssignScales"]
@@ -79,6 +80,7 @@ class AssignScales(Pass):
         state.widen_for_weights()
         widths = state.encoding_widths()
         self._check(program, state, widths)
+        state.narrow_weights_of_answers(widths)
         state.fill_encodings(widths)
         state.leave_room(widths)
         scale = state.scales()
@@ -152,10 +154,9 @@ class _State:
             self.is_looked_up |= present
         for node in self.program.results:
             node = d.input_node(node) if self.absorbed.get(node) is node else node
-            # A result that wraps has no table behind it: one bit of room instead.
-            self.is_result |= self._read(node, 2.0)
-        plain = self.is_result & ~self.is_looked_up
-        self.width[plain] = options.result_bits
+            self.is_result |= self._read(node, 1.0)
+        bits = options.chosen_result_bits + self.settings.guard_bits
+        self.width[self.is_result] = self.width[self.is_result].clamp_min(bits)
         for node in self._weighted():
             source = d.input_node(node)
             index = torch.unique(self.classes.of[source])
@@ -185,7 +186,7 @@ class _State:
         options, behind = self.program.options, behind_look_ups(self.program)
         for node in self._weighted():
             is_answer = node.target == LINEAR and d.input_node(node) in behind
-            bits = options.bits_of_answers_weights if is_answer else options.weight_bits
+            bits = bits_of_weights(self.program, node) if is_answer else options.weight_bits
             least = float(2 ** (bits - 1) - 1)
             scale = self.scales()
             x, weight = d.input_node(node), d.constant(d.input_node(node, 1)).double()
@@ -216,6 +217,24 @@ class _State:
             if index.numel():
                 widths[number] = max(widths.get(number, 0), int(self.width[index].max()))
         return widths
+
+    def narrow_weights_of_answers(self, widths: dict[int, int]) -> None:
+        """Let answers that weights multiply have the bits that their sums do not need.
+
+        Where something else widens the encoding of a sum, finer answers are as good as larger
+        weights, and weights multiply noise.
+        """
+        behind = behind_look_ups(self.program)
+        for node in reversed(self._weighted()):
+            x = d.input_node(node)
+            if node.target != LINEAR or x not in behind:
+                continue
+            index = torch.unique(self.classes.of[x])
+            if bool((self.is_looked_up | self.is_result)[index].any()):
+                continue
+            largest = float(self._whole_weight(node, self.scales()).abs().max())
+            least = float(2 ** (bits_of_weights(self.program, node) - 1) - 1)
+            self.width[index] += max(0, round(math.log2(max(largest, 1.0) / least)))
 
     def fill_encodings(self, widths: dict[int, int]) -> None:
         """Let every class that no weight multiplies use all the bits of its encoding."""

@@ -1,9 +1,8 @@
-"""Read a long clear-weight sum through an identity look-up before it is returned or weighted again.
+"""Read a long clear-weight sum through an identity look-up before it is weighted again.
 
-Exact in float. A result is decrypted with every bit of its encoding, and weights on top of weights
-multiply widths and noise: an accumulator over many terms has twenty bits. A table of `lookup_bits`
-gives it back narrow. Costs one look-up an element, and saves the far larger parameters that the
-wide encoding would impose on every other look-up.
+Exact in float. Weights on top of weights multiply widths and noise: an accumulator over many terms
+has twenty bits. A table of `lookup_bits` gives it back narrow. Costs one look-up an element, and
+saves the far larger parameters that the wide encoding would impose on every other look-up.
 """
 
 from __future__ import annotations
@@ -26,18 +25,15 @@ __all__ = ["InsertRefreshes"]
 @register
 @dataclass(frozen=True)
 class InsertRefreshes(Pass):
-    """Insert identity maps on affine paths from a long clear-weight sum to a result or weight."""
+    """Insert identity maps on affine paths from a long clear-weight sum to the next."""
 
     name: ClassVar[str] = "insert-refreshes"
     requires: ClassVar[frozenset[str]] = frozenset({"fused"})
     breaks: ClassVar[frozenset[str]] = frozenset({"calibrated"})
 
     def run(self, program: Program) -> bool:
-        """Walk back from each result and each long sum through affine operators."""
+        """Walk back from each long sum through affine operators."""
         done: dict[fx.Node, fx.Node] = {}
-        beside = _beside_look_ups(program)
-        for result in program.results:
-            self._visit(program, result, program.output_node, done, beside)
         long = [n for n in program.calls(LINEAR) if _is_long(program, n)]
         for node in long:
             self._visit(program, d.input_node(node), node, done, set(long))
@@ -67,30 +63,6 @@ class InsertRefreshes(Pass):
                 done[place] = b.map(place, fx.GraphModule(torch.nn.Module(), function), "refresh")
             affected = user if place is head else _reader(head, place)
             affected.replace_input_with(place, done[place])
-
-
-def _beside_look_ups(program: Program) -> set[fx.Node]:
-    """Return the clear-weight sums whose encoding a look-up writes or reads.
-
-    Elsewhere a wide result costs nothing: no bootstrap has to be as wide. Beside a look-up, ten
-    bits of a result would leave two to the weights, so a short sum is refreshed too. Inputs join
-    nothing: `split-inputs` gives each encoding a ciphertext of its own.
-    """
-    parent = {n: n for n in program.encrypted()}
-
-    def root(node: fx.Node) -> fx.Node:
-        while parent[node] is not node:
-            node = parent[node]
-        return node
-
-    for node in program.encrypted():
-        for source in [] if d.is_map(node) else d.operands(node):
-            if source.op != "placeholder":
-                parent[root(source)] = root(node)
-    looked = {root(n) for n in program.maps()} | {
-        root(d.input_node(n)) for n in program.maps() if d.input_node(n).op != "placeholder"
-    }
-    return {n for n in program.calls(LINEAR) if root(n) in looked}
 
 
 def _is_long(program: Program, node: fx.Node) -> bool:

@@ -30,7 +30,7 @@ from fhe_fx.quant.noise import noise_in_slots
 from fhe_fx.quant.overflow_estimate import estimate_overflow
 from fhe_fx.quant.ranges import class_ends, times_to_fill
 from fhe_fx.quant.tables import ROOM, build_tables
-from fhe_fx.quant.weight_rounding import round_weights
+from fhe_fx.quant.weight_rounding import round_weights, rows_of
 
 __all__ = ["LowerToIntegers"]
 
@@ -128,7 +128,7 @@ class _Lowering:
             observed = self.program.observed[d.input_node(node).name].double()
             values = (observed - x.offset) / x.scale
             mean = values.mean(0)
-            whole = round_weights(exact, _rows_of(values - mean, exact))
+            whole = round_weights(exact, rows_of(values - mean, exact))
             offset = offset + torch.matmul(mean, exact - whole) * scale
         new = builder.linear(x.node, whole)
         return Integer.typed(new, scale, offset, int(node.meta["width"]))
@@ -205,12 +205,16 @@ class _Lowering:
         """Multiply and centre what a map reads, so that its range fills the encoding."""
         source = d.input_node(node)
         x, width = self.values[source], int(source.meta["width"])
-        times = times_to_fill(source).long()
-        if bool((times > 1).any()):
-            scaled = builder.scale(x.node, times)
-            x = Integer.typed(scaled, x.scale / times, x.offset, width)
+        x = self._multiplied(builder, x, times_to_fill(source).long(), width)
         low, high = source.meta["range"]
         return self._centre(builder, x, low, high, width)
+
+    @staticmethod
+    def _multiplied(builder: Builder, x: Integer, times: Tensor, width: int) -> Integer:
+        """Multiply by whole numbers, which changes what a unit means and nothing else."""
+        if not bool((times > 1).any()):
+            return x
+        return Integer.typed(builder.scale(x.node, times), x.scale / times, x.offset, width)
 
     def _behind_other_masks(
         self, builder: Builder, node: fx.Node, x: Integer
@@ -280,33 +284,20 @@ class _Lowering:
             node.meta["result_overflow"] = overflow.to_json()
 
     def result(self, node: fx.Node) -> fx.Node:
-        """Centre a result in its encoding and return its node."""
+        """Fill the encoding with a result, and round it to the bits that the client reads."""
         builder = Builder(self.module, self.end, node, LowerToIntegers.name)
         low, high = _class_range(self.program, node)
-        value = self._centre(builder, self.values[node], low, high, int(node.meta["width"]))
-        if value.node.meta["type"].scale is not value.scale:
-            # An absorbed factor or a shift changed only what the integers mean.
-            value = Integer(
-                builder.shift(value.node, torch.zeros((), dtype=torch.int64)),
-                value.scale,
-                value.offset,
-            )
-            Integer.typed(value.node, value.scale, value.offset, int(node.meta["width"]))
-        return value.node
-
-
-def _rows_of(values: Tensor, weight: Tensor) -> Tensor:
-    """Return the rows that each matrix of `weight` multiplies, `[n_values, *batch, n_in]`."""
-    batch = weight.shape[:-2]
-    lead = values.shape[1:-2]
-    full = torch.broadcast_shapes(lead, batch)
-    values = values.view(len(values), *(1,) * (len(full) - len(lead)), *values.shape[1:])
-    values = values.expand(len(values), *full, *values.shape[-2:])
-    own = [i for i in range(len(batch)) if batch[i] > 1]
-    kept = [1 + len(full) - len(batch) + i for i in own]
-    rest = [i for i in range(values.dim() - 1) if i not in kept]
-    rows = values.permute(*rest, *kept, values.dim() - 1).flatten(0, len(rest) - 1)
-    return rows.view(len(rows), *batch, values.shape[-1])
+        width, bits = int(node.meta["width"]), self.program.options.chosen_result_bits
+        value = self.values[node]
+        room = value.scale.abs() * 2.0**width
+        times = (room / (high - low).clamp_min(1e-300)).floor().clamp(1, 2.0**width)
+        value = self._multiplied(builder, value, times.long(), width)
+        value = self._centre(builder, value, low, high, width)
+        rounded = builder.round(value.node, bits, width - bits)
+        scale = value.scale * (1 << width - bits)
+        if "error_variance" in node.meta:
+            rounded.meta["error_variance"] = node.meta["error_variance"]
+        return Integer.typed(rounded, scale, value.offset, bits).node
 
 
 def _over_rows(x: Tensor, reduce: object) -> Tensor:

@@ -8,6 +8,7 @@ from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.calibrate import Calibrate
 from fhe_fx.passes.choose_bases import ChooseBases
 from fhe_fx.passes.choose_ranges import ChooseRanges
+from fhe_fx.passes.distribute_linears import DistributeLinears
 from fhe_fx.passes.drop_idle_maps import DropIdleMaps
 from fhe_fx.passes.expand_matmuls import ExpandMatmuls
 from fhe_fx.passes.fold_scales import FoldScales
@@ -66,6 +67,7 @@ def default_pipeline() -> Pipeline:
             FuseMaps(),
             HoistMaps(),
             # Integers.
+            DistributeLinears(),
             InsertRefreshes(),
             HoistMaps(),
             MergeMaps(),

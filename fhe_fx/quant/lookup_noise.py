@@ -26,7 +26,7 @@ __all__ = ["LookupNoise"]
 
 @dataclass(frozen=True)
 class LookupNoise:
-    """Gaussian noise on what look-ups read."""
+    """Gaussian noise on what look-ups read, and on what results are rounded from."""
 
     deviation: float
     """Standard deviation, in slots: in units of 2**lsbs."""
@@ -47,10 +47,14 @@ class LookupNoise:
         """
         return LookupNoise(noise_in_slots(p_error), torch.Generator().manual_seed(seed), saturates)
 
+    def displace(self, x: Tensor, lsbs: int) -> Tensor:
+        """Add noise to accumulators, in slots of `2**lsbs`; a result wraps far beyond its ends."""
+        slots = torch.randn(x.shape, generator=self.generator) * self.deviation
+        return x + (slots * float(1 << lsbs)).round().long()
+
     def disturb(self, x: Tensor, bits: int, lsbs: int) -> Tensor:
         """Add noise to accumulators that a look-up of `bits` bits reads, `lsbs` bits above."""
-        slots = torch.randn(x.shape, generator=self.generator) * self.deviation
-        noisy = x + (slots * float(1 << lsbs)).round().long()
+        noisy = self.displace(x, lsbs)
         if not self.saturates:
             return noisy
         # The outermost integers that still round to an entry, or where the value already was.

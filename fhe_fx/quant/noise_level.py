@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.ops import GATE, LINEAR, LOOKUP, SCALE, SHIFT
+from fhe_fx.ir.ops import GATE, LINEAR, LOOKUP, ROUND, SCALE, SHIFT
 from fhe_fx.quant.classes import find_classes
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fhe_fx.ir.program import Program
     from fhe_fx.quant.classes import Classes
 
-__all__ = ["behind_look_ups", "log_norm_of", "squared_norms"]
+__all__ = ["NoiseLevel", "WholeWeights", "behind_look_ups", "bits_of_weights", "squared_norms"]
 
 
 def behind_look_ups(program: Program) -> set[fx.Node]:
@@ -32,22 +33,47 @@ def behind_look_ups(program: Program) -> set[fx.Node]:
     return found
 
 
-def log_norm_of(program: Program) -> float:
-    """Return log2 of the greatest 2-norm of weights with which answers of look-ups are summed.
+@dataclass(frozen=True)
+class NoiseLevel:
+    """By what sums multiply the noise of look-ups' answers before it is read.
 
-    The noise of what a look-up answers is paid for where sums multiply it before the next one: the
-    optimizer's parameters follow from the largest of these norms. Answers are taken as independent,
-    as the optimizer takes them; inputs hardly have noise.
-
-    Args:
-        program: of either stage. In float, with observed values, weights count as the integers that
-            they will be where sums of answers fill their encodings, and factors as one, since most
-            are absorbed by scales.
+    That noise is paid for: the optimizer's parameters follow from the largest of these 2-norms.
+    Answers are taken as independent, as the optimizer takes them; inputs hardly have noise.
     """
-    norms = squared_norms(program, _WholeWeights(program))
-    read = [d.input_node(n) for n in program.encrypted() if _is_look_up(n)]
-    greatest = max([1.0, *(float(norms[n].max()) for n in [*read, *program.results])])
-    return 0.5 * math.log2(greatest)
+
+    look_ups: float
+    """log2 of the greatest norm where a look-up reads."""
+    results: float
+    """The same where a result is decrypted."""
+
+    @staticmethod
+    def of(program: Program) -> NoiseLevel:
+        """Read it off a program.
+
+        Args:
+            program: of either stage. In float, with observed values, weights count as the integers
+                that they will be where sums of answers fill their encodings, and factors as one,
+                since most are absorbed by scales.
+        """
+        norms = squared_norms(program, WholeWeights(program))
+        read = [d.input_node(n) for n in program.encrypted() if _is_look_up(n)]
+        greatest = max([1.0, *(float(norms[n].max()) for n in read)])
+        results = max([1.0, *(float(norms[n].max()) for n in program.results)])
+        return NoiseLevel(0.5 * math.log2(greatest), 0.5 * math.log2(results))
+
+    def at(self, bits: int, result_bits: float) -> float:
+        """Return log2 of the norm that counts where look-ups and results have so many bits.
+
+        Noise must be as small beside a slot of a result as beside one of a look-up. Bits by which
+        weights in front of results are larger count as bits of results.
+        """
+        return max(self.look_ups, self.results + result_bits - bits)
+
+
+def bits_of_weights(program: Program, node: fx.Node) -> int:
+    """Return the precision of weights that multiply answers, allotted to `node` or usual."""
+    bits: int = node.meta.get("weight_bits", program.options.bits_of_answers_weights)
+    return bits
 
 
 def squared_norms(
@@ -76,7 +102,7 @@ def _squared(
     program: Program, node: fx.Node, inputs: list[Tensor], weight_of: Callable[[fx.Node], Tensor]
 ) -> Tensor:
     """Return the squared norm of every element of an affine node."""
-    if d.is_call(node, SHIFT):
+    if d.is_call(node, SHIFT, ROUND):
         return inputs[0]
     if d.is_call(node, GATE):
         return inputs[0] * _greatest_factor(program, d.input_node(node, 1)) ** 2
@@ -91,7 +117,7 @@ def _squared(
     return moved
 
 
-class _WholeWeights:
+class WholeWeights:
     """The weights of an integer program, or what those of a float one will be."""
 
     def __init__(self, program: Program) -> None:
@@ -106,17 +132,21 @@ class _WholeWeights:
         if not weight.is_floating_point():
             return weight.double()
         if node.target == SCALE:
-            return torch.ones((), dtype=torch.float64)
-        x = d.input_node(node)
-        before, after = self._range(x), self._range(node)
-        relative = weight.double() * before[..., :1, :].mT / after[..., :1, :]
-        # One width serves all sums: that at which the weights of most have their bits.
-        greatest = float(2 ** (self.program.options.bits_of_answers_weights - 1) - 1)
-        bits = (greatest / relative.abs().amax(-2).clamp_min(1e-12)).log2()
-        whole: Tensor = relative * 2.0 ** float(bits.quantile(0.75).round())
+            return (weight != 0).double()
+        whole: Tensor = self._relative(node) * 2.0 ** self.doublings(node)
         return whole
 
-    def _range(self, node: fx.Node) -> Tensor:
+    def doublings(self, node: fx.Node) -> int:
+        """Return how often a weight is doubled, from parts of ranges to whole numbers."""
+        greatest = max(float(self._relative(node).abs().max()), 1e-12)
+        return round(math.log2((2 ** (bits_of_weights(self.program, node) - 1) - 1) / greatest))
+
+    def _relative(self, node: fx.Node) -> Tensor:
+        before, after = self.range_of(d.input_node(node)), self.range_of(node)
+        weight = d.constant(d.input_node(node, 1)).double()
+        return weight * before[..., :1, :].mT / after[..., :1, :]
+
+    def range_of(self, node: fx.Node) -> Tensor:
         """Return the observed range of the class of each element."""
         low, high = self._classes.extremes(node, self.program.observed[node.name])
         return (high - low).clamp_min(1e-12)[self._classes.of[node]]

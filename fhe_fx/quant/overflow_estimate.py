@@ -13,7 +13,7 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.ir.batch import BatchInterpreter
 from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.ir.types import ValueType
-from fhe_fx.ir.views import Lookup
+from fhe_fx.ir.views import Lookup, Round
 from fhe_fx.quant.left_out import Ends, ends_without, fold_numbers
 from fhe_fx.quant.lookup_noise import LookupNoise
 from fhe_fx.quant.overflow import Overflow, Places, Tally
@@ -189,10 +189,11 @@ def _tally_of_lookup(exact: Program, node: fx.Node, image: fx.Node, noise: float
 
 
 def _tally_of_result(exact: Program, node: fx.Node, image: fx.Node) -> Tally:
-    t: ValueType = image.meta["type"]
+    # The client reads a bit more than the encoding has.
+    bits, t = Round.of(image).bits, image.meta["type"]
     variance = float(exact.observed[node.name].double().var().clamp_min(1e-24))
     weight = torch.full(d.shape_of(node), 1 / variance, dtype=torch.float64)
-    return Tally(_ends(exact, node, t, 1, t.low, t.high), weight=weight)
+    return Tally(_ends(exact, node, t, 1, -(1 << bits), (1 << bits) - 1), weight=weight)
 
 
 def _ends(

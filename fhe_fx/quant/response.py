@@ -17,7 +17,7 @@ from fhe_fx.quant.wrapping import LookupError
 if TYPE_CHECKING:
     from fhe_fx.ir.program import Program
 
-__all__ = ["lookup_responses"]
+__all__ = ["lookup_responses", "result_response"]
 
 _BITS, _P_ERROR = 9, 0.8
 """The look-up that is tried: fine enough that its error is proportional to the width of a slot."""
@@ -64,3 +64,24 @@ def lookup_responses(program: Program) -> dict[str, float]:
         error = reader.of((low - room)[index][None], (high + room)[index][None], one_range)
         found[n.name] = float(error.square().sum(-1).mean() / variance / n_results)
     return found
+
+
+def result_response(program: Program) -> float:
+    """Return the variance that rounding adds to the results, for one of the squared ranges.
+
+    Args:
+        program: with observed values.
+
+    Returns:
+        The mean over all numbers that are returned of the square of the range of their class, in
+        parts of the variance of their result.
+    """
+    classes = find_classes(program)
+    n_results = sum(math.prod(d.shape_of(n)) for n in program.results)
+    total = 0.0
+    for node in program.results:
+        low, high = class_ends(program, node, classes.of.__getitem__, classes.n_classes)
+        span = (high - low)[classes.of[node]]
+        variance = float(program.observed[node.name].double().var().clamp_min(1e-24))
+        total += float(span.square().sum()) / variance
+    return total / max(1, n_results)

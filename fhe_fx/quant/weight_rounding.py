@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["round_weights"]
+__all__ = ["expected_error", "round_weights", "rows_of"]
 
 _BLOCK = 64
 """Weights that are rounded one by one before the others hear of it: memory is read less often."""
@@ -29,13 +29,8 @@ def round_weights(weight: Tensor, deviations: Tensor) -> Tensor:
         Whole numbers, int64, of the shape of `weight`.
     """
     n_in = weight.shape[-2]
-    spread = _covariance(deviations.double())
-    # What varies most is rounded first, while all others can make up for it.
-    order = spread.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
+    order, passed_on = _decomposed(deviations)
     rows = order.unsqueeze(-1).expand_as(weight)
-    spread = spread.gather(-2, order.unsqueeze(-1).expand_as(spread))
-    spread = spread.gather(-1, order.unsqueeze(-2).expand_as(spread))
-    passed_on = torch.linalg.cholesky(torch.linalg.inv(spread), upper=True)
     passed_on = passed_on / passed_on.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     wanted = weight.double().gather(-2, rows)
     error = torch.zeros_like(wanted)
@@ -48,6 +43,43 @@ def round_weights(weight: Tensor, deviations: Tensor) -> Tensor:
         change = passed_on[..., start:stop, stop:].mT @ error[..., start:stop, :]
         wanted[..., stop:, :] -= change
     return torch.zeros_like(wanted).scatter(-2, rows, wanted - error).round().long()
+
+
+def expected_error(deviations: Tensor) -> Tensor:
+    """Return the mean squared error of a sum whose weights `round_weights` rounds, `[*batch]`.
+
+    It does not depend on the weights, as long as their roundings are spread evenly (Frantar et al.
+    2022, equation 2).
+
+    Args:
+        deviations: what is multiplied, less its mean, `[n_values, *batch, n_in]`.
+    """
+    _, passed_on = _decomposed(deviations)
+    return passed_on.diagonal(dim1=-2, dim2=-1).square().reciprocal().sum(-1) / 12
+
+
+def _decomposed(deviations: Tensor) -> tuple[Tensor, Tensor]:
+    """Return in which order weights are rounded, and what of each error is passed on."""
+    spread = _covariance(deviations.double())
+    # What varies most is rounded first, while all others can make up for it.
+    order = spread.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
+    spread = spread.gather(-2, order.unsqueeze(-1).expand_as(spread))
+    spread = spread.gather(-1, order.unsqueeze(-2).expand_as(spread))
+    return order, torch.linalg.cholesky(torch.linalg.inv(spread), upper=True)
+
+
+def rows_of(values: Tensor, weight: Tensor) -> Tensor:
+    """Return the rows that each matrix of `weight` multiplies, `[n_values, *batch, n_in]`."""
+    batch = weight.shape[:-2]
+    lead = values.shape[1:-2]
+    full = torch.broadcast_shapes(lead, batch)
+    values = values.view(len(values), *(1,) * (len(full) - len(lead)), *values.shape[1:])
+    values = values.expand(len(values), *full, *values.shape[-2:])
+    own = [i for i in range(len(batch)) if batch[i] > 1]
+    kept = [1 + len(full) - len(batch) + i for i in own]
+    rest = [i for i in range(values.dim() - 1) if i not in kept]
+    rows = values.permute(*rest, *kept, values.dim() - 1).flatten(0, len(rest) - 1)
+    return rows.view(len(rows), *batch, values.shape[-1])
 
 
 def _covariance(deviations: Tensor) -> Tensor:

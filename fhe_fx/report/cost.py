@@ -17,7 +17,7 @@ from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.ir.views import Lookup
 from fhe_fx.quant.lookup_cost import key_size, lookup_cost
-from fhe_fx.quant.noise_level import log_norm_of
+from fhe_fx.quant.noise_level import NoiseLevel
 from fhe_fx.quant.overflow import Overflow
 from fhe_fx.report.machine import machine_rates
 from fhe_fx.report.memory import run_bytes
@@ -217,10 +217,14 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
     counts = {n: math.prod(d.shape_of(n)) for n in look_ups}
     bits = {n: Lookup.of(n).bits for n in look_ups}
     p_error = program.options.chosen_p_error
-    log_norm = log_norm_of(program)
-    costs = {n: counts[n] * lookup_cost(bits[n], p_error, log_norm) for n in look_ups}
+    noise, result_bits = NoiseLevel.of(program), program.options.chosen_result_bits
+    costs = {
+        n: counts[n] * lookup_cost(b, p_error, noise.at(b, result_bits)) for n, b in bits.items()
+    }
     variances = {n: float(n.meta["error_variance"]) for n in look_ups if "error_variance" in n.meta}
-    variance = sum(variances.values())
+    # Every result is said what rounding adds to all of them together.
+    rounding = max((float(n.meta.get("error_variance", 0)) for n in program.results), default=0.0)
+    variance = sum(variances.values()) + rounding
     total = sum(costs.values())
     nodes = []
     for name, all_of_it in readings.items():
@@ -245,7 +249,7 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
         )
     nodes.sort(key=lambda c: -c.share)
     edges = edges_of(program)
-    sizes = [key_size(b, p_error, log_norm) for b in sorted(set(bits.values()))]
+    sizes = [key_size(b, p_error, noise.at(b, result_bits)) for b in sorted(set(bits.values()))]
     base = RegionCost(
         name=program.name,
         look_ups=sum(counts.values()),

@@ -18,7 +18,7 @@ from fhe_fx.backends.base import Integers
 from fhe_fx.errors import ArtifactError, InputError
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.program import Program
-from fhe_fx.ir.types import ValueType
+from fhe_fx.ir.types import ValueType, as_decrypted
 
 __all__ = ["CODEC_ENTRIES", "Codec", "Port"]
 
@@ -120,7 +120,14 @@ class Codec:
     def decode(self, results: Sequence[Integers]) -> list[Tensor]:
         """Turn decrypted integers into real tensors, float32."""
         return [
-            (torch.from_numpy(q).reshape(p.shape) * p.type.scale + p.type.offset).float()
+            (whole * p.type.scale + p.type.offset).float()
+            for p, whole in zip(self.results, self._whole(results), strict=True)
+        ]
+
+    def _whole(self, results: Sequence[Integers]) -> list[Tensor]:
+        """Read decrypted results modulo what a ciphertext holds of each."""
+        return [
+            as_decrypted(torch.from_numpy(q).reshape(p.shape), p.type.bits)
             for p, q in zip(self.results, results, strict=True)
         ]
 

@@ -13,7 +13,7 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.options import Options
 from fhe_fx.passes import Pipeline, default_pipeline
 from fhe_fx.passes.assign_scales import AssignScales
-from fhe_fx.quant.noise_level import log_norm_of
+from fhe_fx.quant.noise_level import NoiseLevel
 from fhe_fx.quant.ranges import times_to_fill
 from tests.programs import lower, program_from, seeded
 
@@ -68,7 +68,7 @@ def test_two_bits_less_for_weights_of_answers_are_two_bits_less_noise() -> None:
             answer_weight_bits=bits, p_error=0.1,
         )  # fmt: skip
         lower(program)
-        return log_norm_of(program)
+        return NoiseLevel(program)
 
     assert log_norm(8) - log_norm(6) == pytest.approx(2, abs=0.05)
 
@@ -102,7 +102,7 @@ def _slots_and_norm(room_bits: int) -> tuple[float, float]:
         for n in sources
     ]  # fmt: skip
     Pipeline(tuple(passes[-1:])).run(program)
-    return max(empty), log_norm_of(program)
+    return max(empty), NoiseLevel(program)
 
 
 def test_a_narrow_range_beside_a_wide_one_fills_its_slots_and_noise_stays() -> None:

@@ -12,7 +12,7 @@ import fhe_fx
 from fhe_fx.api import encrypted_modules
 from fhe_fx.backends.concrete import ConcreteBackend
 from fhe_fx.options import Options
-from fhe_fx.quant.noise_level import log_norm_of
+from fhe_fx.quant.noise_level import NoiseLevel
 from fhe_fx.report import RegionCost, report_on
 from tests.models import shipped_gpt2, shipped_sentences
 from tests.programs import lower, program_from, seeded
@@ -83,7 +83,7 @@ def test_weights_on_answers_of_look_ups_are_priced(weights: float) -> None:
     program = program_from(function, [(x,) for x in seeded((2, 64), n=16)], n_bits=4)
     lower(program)
     _near(report_on([(program, ConcreteBackend().compile(program).facts)]).regions[0])
-    norm = log_norm_of(program)
+    norm = NoiseLevel(program)
     assert norm > 5 if weights else norm == pytest.approx(0.5)
 
 
@@ -103,7 +103,7 @@ def test_norms_are_those_of_sums_of_answers(
 ) -> None:
     program = program_from(function, [(x,) for x in seeded((2, 8), n=16)])
     lower(program)
-    assert 2 ** (2 * log_norm_of(program)) == pytest.approx(squared)
+    assert 2 ** (2 * NoiseLevel(program)) == pytest.approx(squared)
 
 
 def test_shares_add_up_to_one() -> None:

@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 from concrete import fhe
+from torch import fx
 
 from fhe_fx.backends.base import CircuitFacts, Integers
 from fhe_fx.backends.concrete.constants import constants_as_bytes
-from fhe_fx.backends.concrete.emit import declared_bounds, emit_function
+from fhe_fx.backends.concrete.emit import as_declared, emit_function
 from fhe_fx.backends.concrete.folders import owned_folders
 from fhe_fx.errors import BackendError, BitWidthError, InputError
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.ops import LOOKUP
 from fhe_fx.ir.printer import format_program
 from fhe_fx.ir.program import Program
-from fhe_fx.ir.types import ValueType
-from fhe_fx.ir.views import Lookup
+from fhe_fx.ir.types import ValueType, as_decrypted
+from fhe_fx.ir.views import Lookup, Round
 
 __all__ = ["ConcreteBackend", "ConcreteCircuit"]
 
@@ -82,7 +83,7 @@ def _compile(program: Program, restriction: Any = None) -> ConcreteCircuit:
     compiler = fhe.Compiler(function, dict(zip(names, seen, strict=True)))
     start = time.perf_counter()
     try:
-        with owned_folders() as keep, declared_bounds(), constants_as_bytes():
+        with owned_folders() as keep, as_declared(), constants_as_bytes():
             circuit = compiler.compile([probe if len(probe) > 1 else probe[0]], configuration)
             keep(circuit.server)
     except RuntimeError as error:
@@ -163,16 +164,23 @@ class ConcreteCircuit:
         many = results if isinstance(results, tuple) else (results,)
         return [np.asarray(r, dtype=np.int64) for r in many]
 
+    def _results(self, values: list[Integers]) -> list[tuple[Integers, fx.Node]]:
+        return list(zip(values, self.program.results, strict=True))
+
+    def _read(self, results: list[Integers]) -> list[Integers]:
+        return [as_decrypted(r, Round.of(n).bits) for r, n in self._results(results)]
+
     def clear(self, inputs: Sequence[Integers]) -> list[Integers]:
         """Evaluate Concrete's own graph in the clear."""
         self._check(inputs)
-        return self._list(self._circuit.graph(*inputs))
+        rounded = self._list(self._circuit.graph(*inputs))
+        return self._read([r >> Round.of(n).lsbs for r, n in self._results(rounded)])
 
     def simulate(self, inputs: Sequence[Integers]) -> list[Integers]:
         """Run the compiled circuit on plain integers with modelled noise."""
         self._check(inputs)
         self.simulator()
-        return self._list(self._circuit.simulate(*inputs))
+        return self._read(self._list(self._circuit.simulate(*inputs)))
 
     def simulator(self) -> Any:
         """Return Concrete's server that simulates, compiled when it is first asked for."""
@@ -198,7 +206,7 @@ class ConcreteCircuit:
         """Encrypt, run and decrypt with the keys of this process."""
         self._check(inputs)
         self.keygen()
-        return self._list(self._circuit.encrypt_run_decrypt(*inputs))
+        return self._read(self._list(self._circuit.encrypt_run_decrypt(*inputs)))
 
     def save(self, client: Path, server: Path) -> None:
         """Write the client's specifications and the server's circuit, each to its own file."""

@@ -1,8 +1,12 @@
 """Emits a Concrete function from an integer program, node by node, with declared widths.
 
 Concrete finds the width of each value by evaluating a set of inputs. Here every width is known: it
-is the node's value type. So each traced value carries its type, and `declared_bounds` hands the
-types to Concrete in place of what it would measure.
+is the node's value type. So each traced value carries its type, and `as_declared` hands the types
+to Concrete in place of what it would measure.
+
+Concrete puts a look-up behind a rounding that none follows. Behind a result's there is no need: its
+low bits are only not decrypted. Its type there is unsigned, so that the client is given the bit
+above, too (`ops.round`).
 """
 
 from __future__ import annotations
@@ -15,19 +19,21 @@ from typing import Any
 
 import numpy as np
 from concrete import fhe
-from concrete.fhe.representation import Graph
+from concrete.fhe.mlir.processors.process_rounding import ProcessRounding
+from concrete.fhe.representation import Graph, Node
 from torch import fx
 
 from fhe_fx.errors import BackendError
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.ops import GATE, LINEAR, LOOKUP, SCALE, SHIFT
+from fhe_fx.ir.ops import GATE, LINEAR, LOOKUP, ROUND, SCALE, SHIFT
 from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 
-__all__ = ["declared_bounds", "emit_function"]
+__all__ = ["as_declared", "emit_function"]
 
 _BOUNDS = "fhe_fx_bounds"
+_IS_RESULT = "fhe_fx_is_result"
 _LOCK = threading.Lock()
 
 
@@ -44,9 +50,9 @@ def emit_function(program: Program) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def declared_bounds() -> Iterator[None]:
-    """Let Concrete take the bounds that the emitter declared, instead of measuring them."""
-    measure = Graph.measure_bounds
+def as_declared() -> Iterator[None]:
+    """Let Concrete take the bounds that the emitter declared, and leave roundings of results be."""
+    measure, follow = Graph.measure_bounds, ProcessRounding.process_successors
 
     def declare(self: Graph, inputset: Any) -> Any:
         bounds = measure(self, inputset)
@@ -55,13 +61,19 @@ def declared_bounds() -> Iterator[None]:
                 measured["min"], measured["max"] = (np.int64(b) for b in declared)
         return bounds
 
+    def follow_others(self: ProcessRounding, graph: Graph, node: Node) -> None:
+        if not node.properties.get(_IS_RESULT):
+            follow(self, graph, node)
+
     _prepare_thread()
     with _LOCK:
         Graph.measure_bounds = declare
+        ProcessRounding.process_successors = follow_others
         try:
             yield
         finally:
             Graph.measure_bounds = measure
+            ProcessRounding.process_successors = follow
 
 
 def _prepare_thread() -> None:
@@ -91,7 +103,8 @@ class _Emitter(fx.Interpreter):
             value = super().run_node(n)
         if d.is_encrypted(n) and isinstance(value, fhe.tracing.Tracer):
             value_type: ValueType = n.meta["type"]
-            value.computation.properties[_BOUNDS] = (value_type.low, value_type.high)
+            bounds = value_type.low, value_type.high
+            value.computation.properties.setdefault(_BOUNDS, bounds)
         return value
 
     def _emit(self, n: fx.Node, args: Sequence[Any]) -> Any:
@@ -121,16 +134,13 @@ class _Emitter(fx.Interpreter):
             return np.concatenate(tuple(x), axis=args[1])
         if d.is_call(n, LOOKUP):
             return self._lookup(n, x, *args[1:])
+        if d.is_call(n, ROUND):
+            return self._round(x, *args[1:])
         raise BackendError(f"The Concrete backend cannot emit {operator_name(n)}.")
 
     def _lookup(self, n: fx.Node, x: Any, tables: Any, which: Any, bits: int, lsbs: int) -> Any:
         if lsbs:
-            x = fhe.round_bit_pattern(
-                x,
-                lsbs_to_remove=lsbs,
-                exactness=fhe.Exactness.APPROXIMATE,
-                overflow_protection=False,
-            )
+            x = _rounded(x, lsbs)
             if isinstance(x, fhe.tracing.Tracer):
                 source: ValueType = d.input_node(n).meta["type"]
                 x.computation.properties[_BOUNDS] = (source.low, source.high)
@@ -145,3 +155,16 @@ class _Emitter(fx.Interpreter):
 
         table.__name__ = "table"
         return fhe.univariate(table)(x)
+
+    def _round(self, x: Any, bits: int, lsbs: int) -> Any:
+        x = _rounded(x, lsbs)
+        if isinstance(x, fhe.tracing.Tracer):
+            properties = x.computation.properties
+            properties[_IS_RESULT], properties[_BOUNDS] = True, (0, (1 << bits + lsbs) - 1)
+        return x
+
+
+def _rounded(x: Any, lsbs: int) -> Any:
+    return fhe.round_bit_pattern(
+        x, lsbs_to_remove=lsbs, exactness=fhe.Exactness.APPROXIMATE, overflow_protection=False
+    )

@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.batch import BatchInterpreter
-from fhe_fx.ir.ops import LOOKUP
+from fhe_fx.ir.ops import LOOKUP, ROUND
 from fhe_fx.ir.program import Program
-from fhe_fx.ir.views import Lookup
+from fhe_fx.ir.views import Lookup, Round
 from fhe_fx.quant.lookup_noise import LookupNoise
 
 __all__ = ["Observer", "run_batch"]
@@ -79,6 +79,10 @@ class _Noisy(BatchInterpreter):
         return value
 
     def _computed(self, n: fx.Node) -> Any:
+        if d.is_call(n, ROUND) and self._noise is not None:
+            result = Round.of(n)
+            x = self._noise.displace(self.env[result.x], result.lsbs)
+            return ROUND(x, result.bits, result.lsbs)
         if not d.is_call(n, LOOKUP):
             return super().run_node(n)
         view = Lookup.of(n)

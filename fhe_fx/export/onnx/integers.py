@@ -21,10 +21,10 @@ from fhe_fx.errors import BackendError
 from fhe_fx.export.onnx.model import checked, encoded_name, finished, result_name
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import PROVENANCE
-from fhe_fx.ir.ops import GATE, LINEAR, LOOKUP, SCALE, SHIFT
+from fhe_fx.ir.ops import GATE, LINEAR, LOOKUP, ROUND, SCALE, SHIFT
 from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
-from fhe_fx.ir.views import Cat, IndexSelect, Lookup, Permute, Sum
+from fhe_fx.ir.views import Cat, IndexSelect, Lookup, Permute, Round, Sum
 from fhe_fx.runtime.codec import Codec
 
 __all__ = ["integer_model"]
@@ -192,6 +192,18 @@ def _lookup(e: _Emitter, n: fx.Node) -> None:
     e._call("Gather", e._weight(period), entry, value=n.name, axis=0)
 
 
+def _round(e: _Emitter, n: fx.Node) -> None:
+    """Round as a look-up does, and wrap into [-2**bits, 2**bits), with remainders alike."""
+    view = Round.of(n)
+    slot, half = 1 << view.lsbs, 1 << view.bits
+    start = slot // 2 if view.lsbs else 0
+    moved = e._call("Add", e.name(view.x), e._constant(start + slot * half))
+    whole = e._call("Mod", moved, e._constant(2 * half * slot))
+    if view.lsbs:
+        whole = e._call("Div", whole, e._constant(slot))
+    e._call("Sub", whole, e._constant(half), value=n.name)
+
+
 _RULES: dict[object, Callable[[_Emitter, fx.Node], None]] = {
     d.ADD: _binary("Add"),
     d.SUB: _binary("Sub"),
@@ -206,5 +218,6 @@ _RULES: dict[object, Callable[[_Emitter, fx.Node], None]] = {
     d.INDEX_SELECT: _index_select,
     d.CAT: _cat,
     LOOKUP: _lookup,
+    ROUND: _round,
 }
 """The rule of each operator of the integer stage."""
