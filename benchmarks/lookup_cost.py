@@ -4,9 +4,9 @@
     python benchmarks/lookup_cost.py --write    # besides, writes the one that the compiler uses
 
 Each circuit is a look-up of inputs, weighted sums of up to 64 of its answers, and a look-up of the
-sums, both behind approximate roundings of six bits, as the passes emit them. Its complexity divided
-by its look-ups is the cost of one. The 2-norm of the weights says how much noise the sums have.
-Only parameters are searched, so that the figures are the same on every machine for one version of
+sums, both behind approximate roundings of six bits or more, as the passes emit them. Its complexity
+divided by its look-ups is the cost of one. The 2-norm of the weights says how much noise the sums
+have. Only parameters are searched, so that the figures are the same on every machine for one version of
 Concrete; that takes ten minutes. Sizes of keys and ciphertexts stand in the same table.
 """
 
@@ -34,7 +34,7 @@ gives sums parameters of their own there depends on the rest of the circuit."""
 SHOWN_BITS = (4, 5, 6, 7, 8, 9)
 SHOWN_NORM = 3
 SHOWN = (0.8, 0.6, 0.4, 0.2, 0.1, 0.01)
-LOG_NORMS = (1, 3, 3.5, 4, 4.5, 5, 7, 9, 10, 10.5, 11, 11.5, 12, 13)
+LOG_NORMS = (1, 3, 3.5, 4, 4.5, 5, 7, 9, 10, 10.5, 11, 11.5, 12, 13, 14, 15)
 REMOVED_BITS, RESULT_BITS, SUMS, MOST_TERMS = 6, 8, 8, 64
 
 
@@ -105,15 +105,17 @@ def cost(bits: int, p_error: float, log_norm: float) -> float:
 
 def measured(bits: int, p_error: float, log_norm: float) -> tuple[float, int, int]:
     """Return besides the bytes of its keys and the words of a ciphertext of its parameters."""
-    half = 1 << (bits + REMOVED_BITS - 1)
     # Twice the terms for half a bit, so that the weight is a whole number.
     terms = round(min(4**log_norm, MOST_TERMS * 4 ** (log_norm % 1)))
     weight = round(2**log_norm / terms**0.5)
+    # A table answers one at least, and the sum of all must not have more bits than are read.
+    removed = max(REMOVED_BITS, (weight * terms).bit_length() + 1 - bits)
+    half = 1 << (bits + removed - 1)
 
     def read(x: Any, divisor: int) -> Any:
         rounded = fhe.round_bit_pattern(
             x,
-            lsbs_to_remove=REMOVED_BITS,
+            lsbs_to_remove=removed,
             exactness=fhe.Exactness.APPROXIMATE,
             overflow_protection=False,
         )
@@ -121,7 +123,7 @@ def measured(bits: int, p_error: float, log_norm: float) -> tuple[float, int, in
 
     def chain(x: Any) -> Any:
         sums = np.sum(read(x, weight * terms) * weight, axis=1)
-        return read(sums, 1 << (bits + REMOVED_BITS - RESULT_BITS))
+        return read(sums, 1 << (bits + removed - RESULT_BITS))
 
     ends = [np.full((SUMS, terms), value) for value in (-half, half - 1)]
     try:

@@ -23,7 +23,6 @@ def as_decrypted(x: Whole, bits: int) -> Whole:
     return (x + (1 << bits)) % (2 << bits) - (1 << bits)
 
 
-
 @dataclass(frozen=True, eq=False)
 class ValueType:
     """The type of a quantized tensor, kept under `node.meta["type"]`."""

@@ -286,7 +286,13 @@ class _Lowering:
     def result(self, node: fx.Node) -> fx.Node:
         """Fill the encoding with a result, and round it to the bits that the client reads."""
         builder = Builder(self.module, self.end, node, LowerToIntegers.name)
-        low, high = _class_range(self.program, node)
+        if node.meta.get("absorbed"):
+            # Each element has a factor of its own; their class ends in front of it.
+            factor = d.constant(d.input_node(node, 1)).double()
+            ends = [end * factor for end in _class_range(self.program, d.input_node(node))]
+            low, high = torch.minimum(*ends), torch.maximum(*ends)
+        else:
+            low, high = _class_range(self.program, node)
         width, bits = int(node.meta["width"]), self.program.options.chosen_result_bits
         value = self.values[node]
         room = value.scale.abs() * 2.0**width

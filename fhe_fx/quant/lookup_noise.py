@@ -35,6 +35,9 @@ class LookupNoise:
     saturates: bool = False
     """Keep noise from pushing a value past the ends of its table. Encryption does not; without
     the values that wrap, what is left is the error that the noise should make."""
+    reaches_results: bool = True
+    """Whether results have it, too, as large beside a slot as in front of a look-up: the most that
+    they can have, and more than they do where nothing multiplies the answers."""
 
     @staticmethod
     def of(p_error: float, seed: int = 0, *, saturates: bool = False) -> LookupNoise:
@@ -48,7 +51,7 @@ class LookupNoise:
         return LookupNoise(noise_in_slots(p_error), torch.Generator().manual_seed(seed), saturates)
 
     def displace(self, x: Tensor, lsbs: int) -> Tensor:
-        """Add noise to accumulators, in slots of `2**lsbs`; a result wraps far beyond its ends."""
+        """Add noise to accumulators, in slots of `2**lsbs`."""
         slots = torch.randn(x.shape, generator=self.generator) * self.deviation
         return x + (slots * float(1 << lsbs)).round().long()
 

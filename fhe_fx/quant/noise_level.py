@@ -128,6 +128,7 @@ class WholeWeights:
         return find_classes(self.program)
 
     def __call__(self, node: fx.Node) -> Tensor:
+        """Return what a `linear` or `scale` multiplies by, float64."""
         weight = d.constant(d.input_node(node, 1))
         if not weight.is_floating_point():
             return weight.double()

@@ -71,8 +71,11 @@ class RegionCost:
     predicted_complexity: float | None = None
     """Of the look-ups, by the compiler's table of what one costs."""
     predicted_error: float | None = None
-    """Error of the results that roundings and noise of look-ups make, root mean square, in parts of
-    the results' deviation, on inputs such as calibration's; None if widths were not allotted."""
+    """Error of the results that roundings and noise of look-ups and of the results themselves make,
+    root mean square, in parts of the results' deviation, on inputs such as calibration's; None if
+    widths were not allotted."""
+    rounding_share: float | None = None
+    """What of the square of that rounding results, and weights in front of them, makes."""
     predicted_key_bytes: int | None = None
     """Of the evaluation keys, by a table of what parameters take; `key_bytes` is exact."""
     predicted_memory_bytes: int | None = None
@@ -258,6 +261,7 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
         nodes=tuple(nodes),
         predicted_complexity=total,
         predicted_error=math.sqrt(variance) if variances else None,
+        rounding_share=rounding / (variance or 1.0) if variances else None,
         predicted_key_bytes=sum(size.key_bytes for size in sizes),
         predicted_memory_bytes=run_bytes(program, sizes),
         tokens=tokens,
@@ -312,7 +316,8 @@ def _scientific(value: float) -> str:
 
 
 def _error(error: float) -> str:
-    return f"error of look-ups about {100 * error:.2g} % of the results' deviation"
+    what = "error of look-ups and rounded results"
+    return f"{what} about {100 * error:.2g} % of the results' deviation"
 
 
 def _seconds(seconds: float) -> str:

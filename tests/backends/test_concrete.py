@@ -16,6 +16,7 @@ from fhe_fx.backends.concrete import ConcreteBackend, ConcreteCircuit
 from fhe_fx.backends.reference import ReferenceBackend
 from fhe_fx.errors import BackendError, InputError
 from fhe_fx.ir import Program
+from fhe_fx.ir.types import ValueType, as_decrypted
 from fhe_fx.quant.noise import noise_in_slots
 from tests.programs import (
     Sample,
@@ -196,3 +197,27 @@ def test_the_reference_refuses_what_it_has_not() -> None:
         circuit.simulate([])
     with pytest.raises(BackendError, match="does not encrypt"):
         circuit.execute([])
+
+
+def test_a_result_beyond_its_bits_is_right_for_half_as_many_more_and_then_wraps() -> None:
+    """The client reads the bit above the message, under encryption as in the reference."""
+    x = torch.linspace(-1, 1, 16).view(2, 8)
+    opposed = [(torch.cat([x, -c * x], -1),) for c in (0.4, 0.5, 0.6)]
+    program = program_from(
+        lambda x: torch.tanh(x[..., :8]) + torch.tanh(x[..., 8:]), opposed,
+        result_bits=8, p_error=0.001,
+    )  # fmt: skip
+    lower(program)
+    (result,) = program.results
+    value: ValueType = result.meta["type"]
+    circuit, reference = ConcreteBackend().compile(program), ReferenceBackend().compile(program)
+    largest = []
+    for second in (-0.5, 0.1, 1.0):
+        inputs = encode(program, (torch.cat([x, second * x], -1),))
+        (expected,) = reference.clear(inputs)
+        largest.append(int(np.abs(expected).max()))
+        np.testing.assert_array_equal(circuit.clear(inputs)[0], expected)
+        for found in (circuit.simulate(inputs)[0], circuit.execute(inputs)[0]):
+            assert np.abs(as_decrypted(found - expected, 8)).max() <= 3
+    assert largest[0] <= value.high + 1 < largest[1]
+    assert max(largest) <= 2 * value.high + 2

@@ -125,3 +125,13 @@ def test_bits_of_a_type(low: int, high: int, bits: int, text: str) -> None:
     kind = ValueType(one, one, low, high)
     assert (kind.bits, str(kind)) == (bits, text)
     assert ValueType.signed(5, one, one).low == -16
+
+
+@pytest.mark.parametrize(("bits", "lsbs"), [(3, 0), (3, 2), (4, 3)])
+def test_a_result_is_read_modulo_twice_the_number_of_its_slots(bits: int, lsbs: int) -> None:
+    x = torch.arange(-(4 << bits + lsbs), 4 << bits + lsbs)
+    found = ops.ROUND(x, bits, lsbs)
+    for value, y in zip(x.tolist(), found.tolist(), strict=True):
+        rounded = (value + (1 << lsbs >> 1)) >> lsbs
+        assert -(1 << bits) <= y < 1 << bits
+        assert (rounded - y) % (2 << bits) == 0

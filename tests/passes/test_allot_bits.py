@@ -19,8 +19,8 @@ from fhe_fx.passes.allot_bits import AllotBits
 from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
 from fhe_fx.quant.lookup_noise import LookupNoise
 from fhe_fx.quant.noise import lookup_variance
-from fhe_fx.quant.noise_level import log_norm_of
-from fhe_fx.quant.response import lookup_responses
+from fhe_fx.quant.noise_level import NoiseLevel
+from fhe_fx.quant.response import lookup_responses, result_response
 from fhe_fx.report import report_on
 from tests.programs import decode, encode, lower, program_from, relative_error, run_all, seeded
 
@@ -48,25 +48,36 @@ def _bits(program: Program) -> dict[str, int]:
     return {n.name: n.meta["lookup_bits"] for n in program.maps()}
 
 
+def _squared_error(program: Program) -> float:
+    """Return what look-ups add to the results' variance, in parts of it."""
+    p_error, responses = program.options.chosen_p_error, lookup_responses(program)
+    return sum(
+        responses[n.name]
+        * lookup_variance(n.meta["lookup_bits"], p_error)
+        / int(n.meta["readings"])
+        for n in program.maps()
+    )
+
+
 def _error(program: Program) -> float:
     """Return the predicted error of the results, in parts of their deviation."""
-    p_error, responses = program.options.chosen_p_error, lookup_responses(program)
-    return math.sqrt(
-        sum(
-            responses[n.name] * lookup_variance(n.meta["lookup_bits"], p_error) / n.meta["readings"]
-            for n in program.maps()
-        )
-    )
+    bits, p_error = program.options.chosen_result_bits, program.options.chosen_p_error
+    rounding = result_response(program) * lookup_variance(bits, p_error)
+    return math.sqrt(_squared_error(program) + rounding)
 
 
 def _cost(program: Program) -> float:
-    p_error, norm = program.options.chosen_p_error, log_norm_of(program)
+    p_error = program.options.chosen_p_error
     return sum(
         int(n.meta["readings"])
         * math.prod(d.shape_of(n))
-        * lookup_cost(n.meta["lookup_bits"], p_error, norm)
+        * lookup_cost(n.meta["lookup_bits"], p_error, _norm(program, n.meta["lookup_bits"]))
         for n in program.maps()
     )
+
+
+def _norm(program: Program, bits: int) -> float:
+    return NoiseLevel.of(program).at(bits, program.options.chosen_result_bits)
 
 
 def _noisy_error(program: Program) -> float:
@@ -97,7 +108,7 @@ def test_a_given_p_error_leaves_all_look_ups_at_two_bits_more_than_an_activation
 def test_noise_and_rounding_together_err_as_rounding_alone_may(n_bits: int) -> None:
     program = _allotted(n_bits=n_bits)
     assert program.options.p_error in cost_table().p_errors
-    assert _error(program) <= math.sqrt(_allowed(program, n_bits))
+    assert _squared_error(program) <= _allowed(program, n_bits)
 
 
 def test_nothing_of_one_width_that_keeps_to_the_budget_is_cheaper() -> None:
@@ -107,21 +118,22 @@ def test_nothing_of_one_width_that_keeps_to_the_budget_is_cheaper() -> None:
     look_ups = sum(math.prod(d.shape_of(n)) for n in program.maps())
     allowed = _allowed(program, 4)
     uniform = [
-        look_ups * lookup_cost(bits, p_error, log_norm_of(program))
+        look_ups * lookup_cost(bits, p_error, _norm(program, bits))
         for bits in range(2, 17)
         for p_error in once.p_errors
         if sum(responses.values()) * lookup_variance(bits, p_error) <= allowed
     ]
-    assert _cost(program) <= min(uniform)
+    assert _cost(program) <= 1.03 * min(uniform)  # the table is as exact
 
 
 @pytest.mark.parametrize("max_error", [0.2, 0.05])
 def test_the_error_of_look_ups_is_what_was_allowed(max_error: float) -> None:
-    assert _error(_allotted(max_error=max_error)) <= max_error
+    predicted = _error(_allotted(max_error=max_error))
+    assert predicted <= max_error
     program = program_from(_function, SAMPLES, max_error=max_error, input_bits=12)
     lower(program)
     # Inputs and weights are near exact, so look-ups make all of it: what was predicted.
-    assert 0.75 * max_error < _noisy_error(program) <= max_error
+    assert 0.75 * predicted < _noisy_error(program) <= max_error
 
 
 def test_a_complexity_that_may_be_spent_buys_precision() -> None:
@@ -215,7 +227,7 @@ def test_the_look_ups_that_make_most_of_the_error_are_read_several_times() -> No
     assert _noisy_error(programs[1]) < _noisy_error(programs[0])
 
 
-@pytest.mark.parametrize("budget", [{"max_error": 0.05}, {"max_cost": 1.2e10}])
+@pytest.mark.parametrize("budget", [{"max_error": 0.03}, {"max_cost": 1.2e10}])
 def test_a_budget_buys_more_where_look_ups_may_be_read_repeatedly(
     budget: dict[str, float],
 ) -> None:

@@ -68,7 +68,7 @@ def test_two_bits_less_for_weights_of_answers_are_two_bits_less_noise() -> None:
             answer_weight_bits=bits, p_error=0.1,
         )  # fmt: skip
         lower(program)
-        return NoiseLevel(program)
+        return NoiseLevel.of(program).look_ups
 
     assert log_norm(8) - log_norm(6) == pytest.approx(2, abs=0.05)
 
@@ -102,7 +102,7 @@ def _slots_and_norm(room_bits: int) -> tuple[float, float]:
         for n in sources
     ]  # fmt: skip
     Pipeline(tuple(passes[-1:])).run(program)
-    return max(empty), NoiseLevel(program)
+    return max(empty), NoiseLevel.of(program).look_ups
 
 
 def test_a_narrow_range_beside_a_wide_one_fills_its_slots_and_noise_stays() -> None:

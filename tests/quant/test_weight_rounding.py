@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fhe_fx.quant.weight_rounding import round_weights
+from fhe_fx.quant.weight_rounding import expected_error, round_weights
 
 
 def _related(seed: int, n_values: int, n_in: int) -> Tensor:
@@ -65,3 +65,13 @@ def test_a_channel_that_never_varies_and_few_values_do_no_harm() -> None:
     values = torch.zeros(1, 6)
     weight = _weight(6, 2)
     assert torch.equal(round_weights(weight, values), weight.round().long())
+
+
+@pytest.mark.parametrize("n_in", [8, 64])
+def test_the_error_is_expected_before_weights_are_rounded(n_in: int) -> None:
+    values = _related(3, 20_000, n_in)
+    values = values - values.mean(0)
+    weight = 20 * _weight(n_in, 200)
+    error = values @ (weight - round_weights(weight, values)).double()
+    expected = float(expected_error(values))
+    assert float(error.square().mean()) == pytest.approx(expected, rel=0.1)

@@ -83,7 +83,7 @@ def test_weights_on_answers_of_look_ups_are_priced(weights: float) -> None:
     program = program_from(function, [(x,) for x in seeded((2, 64), n=16)], n_bits=4)
     lower(program)
     _near(report_on([(program, ConcreteBackend().compile(program).facts)]).regions[0])
-    norm = NoiseLevel(program)
+    norm = NoiseLevel.of(program).look_ups
     assert norm > 5 if weights else norm == pytest.approx(0.5)
 
 
@@ -103,7 +103,7 @@ def test_norms_are_those_of_sums_of_answers(
 ) -> None:
     program = program_from(function, [(x,) for x in seeded((2, 8), n=16)])
     lower(program)
-    assert 2 ** (2 * NoiseLevel(program)) == pytest.approx(squared)
+    assert 2 ** (2 * NoiseLevel.of(program).results) == pytest.approx(squared)
 
 
 def test_shares_add_up_to_one() -> None:
@@ -115,8 +115,11 @@ def test_shares_add_up_to_one() -> None:
     )  # fmt: skip
     (region,) = region_report.regions
     assert sum(n.share for n in region.nodes) == pytest.approx(1)
-    assert sum(n.error_share or 0 for n in region.nodes) == pytest.approx(1)
     assert region.predicted_error is not None
-    assert f"error of look-ups about {100 * region.predicted_error:.2g} % of" in str(region_report)
+    of_results = 1 - sum(n.error_share or 0 for n in region.nodes)
+    assert 0 < of_results < 1
+    assert region.rounding_share == pytest.approx(of_results)
+    said = f"rounded results about {100 * region.predicted_error:.2g} % of"
+    assert said in str(region_report)
     assert region.complexity is None
     assert f"complexity about {region.predicted_complexity:.1e}".replace("+", "") in region.line()

@@ -209,7 +209,7 @@ def test_what_is_no_dump_is_refused(content: str | None, message: str, tmp_path:
     [
         ({"nodes": 3}, "'nodes' is 3, not of list."),
         ({"nodes": [{"a": 1}]}, "node 0: 'name' is None, not of str."),
-        ({"nodes": []}, "there is no node 'shift_default"),
+        ({"nodes": []}, "there is no node 'round_default"),
         ({"notes": None}, "'notes' is None, not of list."),
         ({"results": ["nowhere"]}, "there is no node 'nowhere'."),
     ],

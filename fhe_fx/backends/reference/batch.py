@@ -79,7 +79,7 @@ class _Noisy(BatchInterpreter):
         return value
 
     def _computed(self, n: fx.Node) -> Any:
-        if d.is_call(n, ROUND) and self._noise is not None:
+        if d.is_call(n, ROUND) and self._noise is not None and self._noise.reaches_results:
             result = Round.of(n)
             x = self._noise.displace(self.env[result.x], result.lsbs)
             return ROUND(x, result.bits, result.lsbs)
