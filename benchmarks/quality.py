@@ -39,20 +39,20 @@ class Setting:
     target: str
     n_bits: int = 4
     heads: tuple[int, ...] | None = None
-    sentences: int = 80
+    sentences: int = 200
 
 
 def settings() -> Iterator[Setting]:
     """List the rows of the first table."""
     shipped = str(SHIPPED)
-    yield Setting(shipped, "h.0.attn", 4, (0,), 200)
+    yield Setting(shipped, "h.0.attn", 4, (0,))
     for n_bits in (3, 4, 5, 6):
-        yield Setting(shipped, "h.0.attn", n_bits, None, 200)
-    yield Setting(shipped, "h.1.attn", 4, None, 200)
-    yield Setting(shipped, "h.3.attn", 4, None, 200)
+        yield Setting(shipped, "h.0.attn", n_bits)
+    yield Setting(shipped, "h.1.attn", 4)
+    yield Setting(shipped, "h.3.attn", 4)
     for n_bits in (4, 5, 6):
-        yield Setting(shipped, "h.*.attn", n_bits, None, 200)
-    yield Setting("smollm2", DECODER.format(0), 4, (0,), 200)
+        yield Setting(shipped, "h.*.attn", n_bits)
+    yield Setting("smollm2", DECODER.format(0), 4, (0,))
     for n_bits in (3, 4, 5, 6):
         yield Setting("smollm2", DECODER.format(0), n_bits)
     yield Setting("smollm2", DECODER.format(15), 4)
@@ -137,7 +137,7 @@ def main() -> None:
     print(f"| {first} | {columns} |")
     print("|---" * (f"{first} | {columns}".count("|") + 1) + "|")
     if is_ablation:
-        setting = Setting(str(SHIPPED), "h.0.attn", 4, None, 200)
+        setting = Setting(str(SHIPPED), "h.0.attn", 4)
         for name, (options, passes) in ablations().items():
             print(f"| {name} | {figures(evaluated(setting, options, passes))} |", flush=True)
         return

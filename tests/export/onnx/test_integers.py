@@ -103,7 +103,8 @@ def _everything(b: Builder, x: fx.Node, y: fx.Node, clear: fx.Node) -> tuple[fx.
     joined = b.cat([moved, chosen], 1)
     weighed = b.linear(joined, whole_numbers(2, 3, seed=1))
     scaled = b.shift(b.scale(weighed, torch.tensor([3, -2, 70_000])), torch.tensor([[5]]))
-    return scaled, b.sum(scaled, [0, 2]), b.sum(scaled, [-1], keepdim=True), scaled, x
+    summed = b.sum(scaled, [0, 2]), b.sum(scaled, [-1], keepdim=True)
+    return scaled, *summed, scaled, x, b.round(scaled, 9, 3), b.round(x, 12, 0)
 
 
 def test_every_affine_operator_and_results_that_occur_twice() -> None:
