@@ -5,9 +5,10 @@
 
 Each circuit is a look-up of inputs, weighted sums of up to 64 of its answers, and a look-up of the
 sums, both behind approximate roundings of six bits or more, as the passes emit them. Its
-complexity divided by its look-ups is the cost of one. The 2-norm of the weights says how much noise the sums
-have. Only parameters are searched, so that the figures are the same on every machine for one version of
-Concrete; that takes ten minutes. Sizes of keys and ciphertexts stand in the same table.
+complexity divided by its look-ups is the cost of one. The 2-norm of the weights says how much noise
+the sums have. Only parameters are searched, so that the figures are the same on every machine for
+one version of Concrete; that takes ten minutes. Sizes of keys and ciphertexts stand in the same
+table.
 """
 
 from __future__ import annotations

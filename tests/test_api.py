@@ -146,7 +146,7 @@ def test_options_and_keywords() -> None:
 
     chosen = bits()
     assert chosen.p_error in cost_table().p_errors
-    assert dataclasses.replace(chosen, p_error=None) == Options()
+    assert dataclasses.replace(chosen, p_error=None, result_bits=None) == Options()
     assert bits(options=Options(n_bits=6)).n_bits == 6
     assert bits(options=Options(n_bits=6), n_bits=4).n_bits == 4
     assert bits(options=Options(n_bits=6), n_bits=5, weight_bits=6, p_error=0.1) == Options(

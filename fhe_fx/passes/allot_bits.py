@@ -120,8 +120,9 @@ class AllotBits(Pass):
             n.meta["error_variance"] = f"{chosen.results.error(chosen.p_error):.4g}"
         for n in products:
             n.meta["weight_bits"] = chosen.results.weight_bits
+        result_bits = options.result_bits if options.is_uniform else chosen.results.bits
         program.options = dataclasses.replace(
-            options, p_error=chosen.p_error, result_bits=chosen.results.bits
+            options, p_error=chosen.p_error, result_bits=result_bits
         )
         return False
 
@@ -443,7 +444,9 @@ class _Budget:
 
     def holds(self, found: _Split) -> bool:
         if self.variance is not None:
-            return (found.read_once if self.is_default else found.error) <= self.variance
+            # Weights err by what they are given, whatever look-ups do.
+            error = found.error - found.results.weights_error
+            return (found.read_once if self.is_default else error) <= self.variance
         assert self.max_cost is not None
         return found.cost <= self.max_cost
 

@@ -95,7 +95,7 @@ def test_noise_is_that_of_the_circuit(found: Inspection) -> None:
     Without it the error is a sixth smaller than in Concrete's own simulation of the circuit, which
     draws another noise: the mean over four draws of it varies by a twentieth.
     """
-    encrypted = _mlp(n_bits=3, p_error=0.5)
+    encrypted = _mlp(n_bits=3, p_error=0.7)
     others = _others(48)
     (clear,) = fhe_fx.inspect(encrypted, others)
     (noisy,) = fhe_fx.inspect(encrypted, others, mode="simulate")
