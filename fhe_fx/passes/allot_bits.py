@@ -386,7 +386,7 @@ class _Splits:
                     results,
                     0,
                     n,
-                )  # fmt: skip
+                )
                 for n, (left, spent) in enumerate(
                     zip(self._steps.errors, self._steps.costs, strict=True)
                 )
