@@ -218,8 +218,8 @@ def test_a_result_beyond_its_bits_is_right_for_half_as_many_more_and_then_wraps(
         largest.append(int(np.abs(expected).max()))
         np.testing.assert_array_equal(circuit.clear(inputs)[0], expected)
         for found in (circuit.simulate(inputs)[0], circuit.execute(inputs)[0]):
-            # A look-up of six bits that reads its neighbour moves the sum by eight units; a wrap that
-            # the reference does not show would move it by 256.
+            # A look-up of six bits that reads its neighbour moves the sum by eight units; a wrap
+            # that the reference does not show would move it by 256.
             assert np.abs(as_decrypted(found - expected, 8)).max() <= 2 * 8
     assert largest[0] <= value.high + 1 < largest[1]
     assert max(largest) <= 2 * value.high + 2
