@@ -68,6 +68,7 @@ def lowered_to_bytes(program: Program) -> bytes:
             "nodes": nodes,
             "notes": [dataclasses.asdict(note) for note in program.notes],
             "p_error": program.options.p_error,
+            "result_bits": program.options.result_bits,
             "properties": sorted(program.properties),
             "sources": program.sources,
             "widened": [name for name, t in narrowed.items() if t.dtype != tensors[name].dtype],
@@ -102,7 +103,9 @@ def lowered_from_bytes(content: bytes, captured: Program) -> Program:
         program = Program(
             module,
             name=str(written["name"]),
-            options=dataclasses.replace(captured.options, p_error=written["p_error"]),
+            options=dataclasses.replace(
+                captured.options, p_error=written["p_error"], result_bits=written["result_bits"]
+            ),
             samples=captured.samples,
             properties=set(written["properties"]),
             notes=[Note(**note) for note in written["notes"]],

@@ -13,11 +13,11 @@ from fhe_fx.errors import InputError, OptionsError, TargetError, did_you_mean
 from fhe_fx.inspection.results import Inspection, NodeErrors, RegionErrors
 from fhe_fx.inspection.twin import Twins, twins_of
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.ops import LOOKUP, SHIFT
+from fhe_fx.ir.ops import LOOKUP, ROUND, SHIFT
 from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
-from fhe_fx.ir.views import Lookup
+from fhe_fx.ir.views import Lookup, Round
 from fhe_fx.quant.calibration import as_call
 from fhe_fx.quant.lookup_noise import LookupNoise
 from fhe_fx.report import report_on
@@ -276,6 +276,10 @@ def _outside(node: fx.Node, values: dict[str, Tensor], exact: Tensor) -> int:
     elif d.is_call(node, LOOKUP):
         view = Lookup.of(node)
         is_outside = wraps(view, values[view.x.name])
+    elif d.is_call(node, ROUND):
+        result = Round.of(node)
+        whole, end = values[result.x.name] / (1 << result.lsbs), float(1 << result.bits)
+        is_outside = (whole < -end - 0.5) | (whole >= end - 0.5)
     elif any(user.op == "output" for user in node.users):
         is_outside = (found < t.low) | (found > t.high)
     else:

@@ -94,7 +94,7 @@ class AffineChain:
         read = torch.unique(rows)
         weight = weight[:, order].view(len(weight), len(read), -1).transpose(0, 1)
         x = b.index_select(b.view(source, (-1, d.shape_of(source)[-1])), 0, read)
-        if len(read) == 1 and self.zeros:
+        if len(read) == 1:
             product = _without_copies(b, x, weight[0])
         elif torch.allclose(weight, weight[:1].expand_as(weight), rtol=1e-6, atol=1e-9):
             product = b.linear(x, weight[0].float())
@@ -184,6 +184,8 @@ def _without_copies(b: Builder, x: fx.Node, weight: Tensor) -> fx.Node:
     mixed = mixture @ weight
     value, order = mixed.sort()
     is_new = value.diff(prepend=value[:1] - 1) > 1e-9 * mixture.norm() * weight.norm(dim=0).mean()
+    if bool(is_new.all()):
+        return b.linear(x, weight.float())
     which = torch.empty_like(order)
     which[order] = is_new.long().cumsum(0) - 1
     return b.index_select(b.linear(x, weight[:, order[is_new]].float()), -1, which)

@@ -80,7 +80,7 @@ class AssignScales(Pass):
         state.widen_for_weights()
         widths = state.encoding_widths()
         self._check(program, state, widths)
-        state.narrow_weights_of_answers(widths)
+        state.narrow_weights_of_answers()
         state.fill_encodings(widths)
         state.leave_room(widths)
         scale = state.scales()
@@ -218,7 +218,7 @@ class _State:
                 widths[number] = max(widths.get(number, 0), int(self.width[index].max()))
         return widths
 
-    def narrow_weights_of_answers(self, widths: dict[int, int]) -> None:
+    def narrow_weights_of_answers(self) -> None:
         """Let answers that weights multiply have the bits that their sums do not need.
 
         Where something else widens the encoding of a sum, finer answers are as good as larger

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.batch import BatchInterpreter
-from fhe_fx.ir.ops import LOOKUP
+from fhe_fx.ir.ops import LOOKUP, ROUND
 from fhe_fx.ir.types import ValueType
 from fhe_fx.ir.views import Lookup, Round
 from fhe_fx.quant.left_out import Ends, ends_without, fold_numbers
@@ -97,7 +97,10 @@ class _Run(BatchInterpreter):
         self.tallies[node].add((real.double() - t.offset) / t.scale, self.samples, errors)
 
     def run_node(self, n: fx.Node) -> Any:
-        """Tally what a look-up reads, and disturb it."""
+        """Tally what a look-up reads, and disturb it; leave a result as it is before it wraps."""
+        if d.is_call(n, ROUND):
+            result = Round.of(n)
+            return self.env[result.x].double() / (1 << result.lsbs)
         if not d.is_call(n, LOOKUP):
             return super().run_node(n)
         view = Lookup.of(n)

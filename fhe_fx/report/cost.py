@@ -12,10 +12,10 @@ from torch import fx
 
 from fhe_fx.backends.base import CircuitFacts
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.ops import LOOKUP
+from fhe_fx.ir.ops import LOOKUP, ROUND
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
-from fhe_fx.ir.views import Lookup
+from fhe_fx.ir.views import Lookup, Round
 from fhe_fx.quant.lookup_cost import key_size, lookup_cost
 from fhe_fx.quant.noise_level import NoiseLevel
 from fhe_fx.quant.overflow import Overflow
@@ -220,7 +220,9 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
     counts = {n: math.prod(d.shape_of(n)) for n in look_ups}
     bits = {n: Lookup.of(n).bits for n in look_ups}
     p_error = program.options.chosen_p_error
-    noise, result_bits = NoiseLevel.of(program), program.options.chosen_result_bits
+    noise = NoiseLevel.of(program)
+    rounded = [Round.of(n).bits for n in program.results if d.is_call(n, ROUND)]
+    result_bits = max(rounded, default=0)
     costs = {
         n: counts[n] * lookup_cost(b, p_error, noise.at(b, result_bits)) for n, b in bits.items()
     }

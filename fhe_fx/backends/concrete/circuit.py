@@ -18,7 +18,7 @@ from fhe_fx.backends.concrete.emit import as_declared, emit_function
 from fhe_fx.backends.concrete.folders import owned_folders
 from fhe_fx.errors import BackendError, BitWidthError, InputError
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.ops import LOOKUP
+from fhe_fx.ir.ops import LOOKUP, ROUND
 from fhe_fx.ir.printer import format_program
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType, as_decrypted
@@ -164,17 +164,21 @@ class ConcreteCircuit:
         many = results if isinstance(results, tuple) else (results,)
         return [np.asarray(r, dtype=np.int64) for r in many]
 
-    def _results(self, values: list[Integers]) -> list[tuple[Integers, fx.Node]]:
-        return list(zip(values, self.program.results, strict=True))
+    def _read(self, results: list[Integers], *, is_rounded: bool = True) -> list[Integers]:
+        """Return what the program does; Concrete's graph keeps the place of bits rounded away."""
 
-    def _read(self, results: list[Integers]) -> list[Integers]:
-        return [as_decrypted(r, Round.of(n).bits) for r, n in self._results(results)]
+        def read(x: Integers, n: fx.Node) -> Integers:
+            if not d.is_call(n, ROUND):
+                return x
+            result = Round.of(n)
+            return as_decrypted(x if is_rounded else x >> result.lsbs, result.bits)
+
+        return [read(x, n) for x, n in zip(results, self.program.results, strict=True)]
 
     def clear(self, inputs: Sequence[Integers]) -> list[Integers]:
         """Evaluate Concrete's own graph in the clear."""
         self._check(inputs)
-        rounded = self._list(self._circuit.graph(*inputs))
-        return self._read([r >> Round.of(n).lsbs for r, n in self._results(rounded)])
+        return self._read(self._list(self._circuit.graph(*inputs)), is_rounded=False)
 
     def simulate(self, inputs: Sequence[Integers]) -> list[Integers]:
         """Run the compiled circuit on plain integers with modelled noise."""
