@@ -7,7 +7,7 @@ Each circuit is a look-up of inputs, weighted sums of up to 64 of its answers, a
 sums, both behind approximate roundings of six bits or more, as the passes emit them. Its
 complexity divided by its look-ups is the cost of one. The 2-norm of the weights says how much noise
 the sums have. Only parameters are searched, so that the figures are the same on every machine for
-one version of Concrete; that takes ten minutes. Sizes of keys and ciphertexts stand in the same
+one version of Concrete; that takes half an hour. Sizes of keys and ciphertexts stand in the same
 table.
 """
 
@@ -35,7 +35,10 @@ gives sums parameters of their own there depends on the rest of the circuit."""
 SHOWN_BITS = (4, 5, 6, 7, 8, 9)
 SHOWN_NORM = 3
 SHOWN = (0.8, 0.6, 0.4, 0.2, 0.1, 0.01)
-LOG_NORMS = (1, 3, 3.5, 4, 4.5, 5, 7, 9, 10, 10.5, 11, 11.5, 12, 13, 14, 15)
+LOG_NORMS = (
+    *(1, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7, 9, 10, 10.5, 11, 11.5, 12, 13, 13.5, 14, 14.5, 15, 15.5),
+    *(16, 16.5, 17, 17.5, 18),
+)
 REMOVED_BITS, RESULT_BITS, SUMS, MOST_TERMS = 6, 8, 8, 64
 
 

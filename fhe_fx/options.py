@@ -44,8 +44,9 @@ class Options:
     rounding that is one more unbiased rounding, not a fault. Chosen with the widths of look-ups if
     it is not given; if it is, every look-up reads `lookup_bits`."""
     max_error: float | None = None
-    """Error that look-ups may make, root mean square, in parts of the results' deviation. Without
-    it they may err as much as rounding to `lookup_bits` would."""
+    """Error that look-ups and the rounding of results may make, root mean square, in parts of the
+    results' deviation; rounded weights come besides. Without it look-ups may err about as much as
+    rounding to `lookup_bits` would."""
     max_cost: float | None = None
     """Complexity that the look-ups of a circuit may have; the least error at that is taken."""
     target_agreement: float | None = None

@@ -6,8 +6,8 @@ approximate rounding both are unbiased: so few bits that are never misread and m
 buy the same precision, and the second is cheaper. The pass knows what variance each look-up adds to
 the results, by derivatives on the calibration samples, and what a look-up costs at each width and
 `p_error`, by a table of Concrete's optimizer; of all that keep the results' error within the
-budget it takes the cheapest. Results, and the weights in front of them, have bits as long as one
-more is worth its price. A few look-ups often make most of the error: those are read several times
+budget it takes the cheapest. Results, and the weights of answers, have bits as long as one more is
+worth its price. A few look-ups often make most of the error: those are read several times
 (`quant/readings.py`), and their mean errs less.
 
 The budget is `max_error`, or a part of what rounding every look-up to `n_bits + lookup_extra_bits`
@@ -37,13 +37,13 @@ from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.options import MAX_LOOKUP_BITS, Options
 from fhe_fx.passes.base import Pass, register
+from fhe_fx.quant.answer_weights import weighed_answers, weights_response
 from fhe_fx.quant.classes import find_classes
 from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
 from fhe_fx.quant.noise import lookup_variance
 from fhe_fx.quant.noise_level import NoiseLevel
 from fhe_fx.quant.readings import Readings
 from fhe_fx.quant.response import lookup_responses, result_response
-from fhe_fx.quant.result_weights import weighed_results, weights_response
 
 __all__ = ["AllotBits"]
 
@@ -53,6 +53,9 @@ rise in steps."""
 _SYSTEMATIC = 4.0
 """What the squared error of rounded weights counts for, beside independent errors: it is the same
 function of every row, and does not average out over them."""
+_KEPT_TO = 0.95
+"""Part of a `max_error` that predictions have to keep to: what is then measured has been up to a
+fiftieth larger."""
 _AS_CHEAP = 1.03
 """Costs are told apart beyond this factor: the table is as exact."""
 
@@ -70,10 +73,11 @@ class AllotBits(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"fused", "calibrated", "no-products"})
     gives: ClassVar[frozenset[str]] = frozenset({"bits"})
 
-    p_errors: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.65, 0.7)
+    p_errors: tuple[float, ...] = (
+        0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7
+    )  # fmt: skip
     """Those that are tried, if none was given. Beyond, a bit less at a smaller one has the same
-    noise at the same price. Between 0.4 and 0.6 a polynomial size is used up, and which parameters
-    the optimizer finds hangs on the rest of the circuit."""
+    noise at the same price."""
     least_saving: float = 0.5
     """Part of the cost that a second width must save by the table: it has keys of its own, half a
     gigabyte, and circuits of two widths have cost more than twice what the table says."""
@@ -98,27 +102,31 @@ class AllotBits(Pass):
         groups = self._groups(program)
         fixed = {g: g.fixed_bits for g in groups if g.fixed_bits is not None}
         free = [g for g in groups if g.fixed_bits is None]
-        products = weighed_results(program)
-        for n in products:
+        inner, outer = weighed_answers(program)
+        for n in (*inner, *outer):
             n.meta.pop("weight_bits", None)
         usual = _Results(
             options.chosen_result_bits,
             options.bits_of_answers_weights,
             options.bits_of_answers_weights,
+            options.bits_of_answers_weights,
             result_response(program),
-            weights_response(program, products),
+            weights_response(program, outer),
+            weights_response(program, inner),
         )
         if options.is_uniform:
             chosen = _uniform(options, free, fixed, usual)
         else:
-            chosen = self._cheapest(program, free, fixed, usual)
+            chosen = self._cheapest(program, free, fixed, usual, inner)
         for g, bits in chosen.bits.items():
             g.node.meta["lookup_bits"], g.node.meta["readings"] = bits, chosen.readings.get(g, 1)
             g.node.meta["error_variance"] = f"{g.error(bits, chosen.p_error):.4g}"
         for n in program.results:
             n.meta["error_variance"] = f"{chosen.results.error(chosen.p_error):.4g}"
-        for n in products:
+        for n in outer:
             n.meta["weight_bits"] = chosen.results.weight_bits
+        for n in inner:
+            n.meta["weight_bits"] = chosen.results.inner_weight_bits
         result_bits = options.result_bits if options.is_uniform else chosen.results.bits
         program.options = dataclasses.replace(
             options, p_error=chosen.p_error, result_bits=result_bits
@@ -131,10 +139,12 @@ class AllotBits(Pass):
         free: Sequence[_Group],
         fixed: dict[_Group, int],
         usual: _Results,
+        inner: Sequence[fx.Node],
     ) -> _Allotment:
         """Search with the noise of sums before anything is read twice, and with what there is then.
 
         The sum of several answers has the noise of as many; where that is dearer, fewer are better.
+        Larger weights inside pass on more noise, too.
         """
         budget = _Budget.of(program.options, [*free, *fixed], self.part_of_rounding, self.exchange)
         found: list[tuple[tuple[bool, float, float], _Allotment]] = []
@@ -142,16 +152,26 @@ class AllotBits(Pass):
         if not budget.is_default:
             exchanges.insert(0, math.inf)  # nothing is read twice
         by_need = sorted(free, key=lambda g: -g.response / g.look_ups)
-        for exchange in exchanges:
-            splits = _Splits(by_need, fixed, NoiseLevel.of(program), exchange)
-            chosen = self._search(program, budget, splits, usual, may_fail=bool(found))
-            if chosen is None:
-                continue
-            for g in chosen.bits:
-                g.node.meta["readings"] = chosen.readings.get(g, 1)
-            cost = chosen.cost(NoiseLevel.of(program))
-            is_dearer = budget.max_cost is not None and cost > budget.max_cost
-            found.append(((is_dearer, *budget.rank(chosen.error, cost, chosen.results)), chosen))
+        for weight_bits in self._inner_weight_bits(program.options, usual):
+            ending = dataclasses.replace(usual, inner_weight_bits=weight_bits)
+            for n in inner:
+                n.meta["weight_bits"] = weight_bits
+            for g in (*free, *fixed):
+                g.node.meta.pop("readings", None)
+            for exchange in exchanges:
+                noise = NoiseLevel.of(program)
+                if found and noise.look_ups > cost_table().log_norms[-1]:
+                    break  # there is no price for it
+                splits = _Splits(by_need, fixed, noise, exchange)
+                chosen = self._search(program, budget, splits, ending, may_fail=bool(found))
+                if chosen is None:
+                    continue
+                for g in chosen.bits:
+                    g.node.meta["readings"] = chosen.readings.get(g, 1)
+                cost = chosen.cost(NoiseLevel.of(program))
+                is_dearer = budget.max_cost is not None and cost > budget.max_cost
+                rank = budget.rank(chosen.error, cost, chosen.results)
+                found.append(((is_dearer, *rank), chosen))
         if not found:
             return _uniform(program.options, free, fixed, usual)
         return min(found, key=lambda pair: pair[0])[1]
@@ -223,6 +243,13 @@ class AllotBits(Pass):
                 for narrow in range(max(wide - narrower, widths.start), wide + 1):
                     yield p_error, wide, narrow, ending
 
+    def _inner_weight_bits(self, options: Options, usual: _Results) -> Sequence[int]:
+        """List the bits to try of weights whose sums a look-up reads."""
+        least = usual.usual_weight_bits
+        if options.answer_weight_bits is not None or not usual.inner_response:
+            return (least,)
+        return range(least, max(least, options.weight_bits) + 1)
+
     def _results(self, options: Options, usual: _Results, p_error: float) -> list[_Results]:
         """List the ways to round results, the best of each price."""
         given = options.result_bits
@@ -257,15 +284,20 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Results:
-    """How results, and the weights in front of them, are rounded."""
+    """How results, and the weights of answers, are rounded."""
 
     bits: int
     weight_bits: int
+    """Of weights in front of results."""
+    inner_weight_bits: int
+    """Of weights whose sums a look-up reads."""
     usual_weight_bits: int
     response: float
     """As `result_response` gives it."""
     weights_response: float
-    """As `weights_response` gives it, for the usual bits."""
+    """As `weights_response` gives it of the weights in front of results, for the usual bits."""
+    inner_response: float
+    """The same of the others."""
 
     @property
     def price(self) -> float:
@@ -282,7 +314,13 @@ class _Results:
     @property
     def weights_error(self) -> float:
         """Return what of it the weights make."""
-        return self.weights_response * 4.0 ** (self.usual_weight_bits - self.weight_bits)
+        outer = self.weights_response * 4.0 ** (self.usual_weight_bits - self.weight_bits)
+        return outer + self.inner_weights_error
+
+    @property
+    def inner_weights_error(self) -> float:
+        """Return what of it the weights make whose sums a look-up reads."""
+        return self.inner_response * 4.0 ** (self.usual_weight_bits - self.inner_weight_bits)
 
 
 @dataclass(frozen=True)
@@ -437,7 +475,7 @@ class _Budget:
         if options.max_cost is not None:
             return _Budget(None, options.max_cost, exchange)
         if options.max_error is not None:
-            return _Budget(options.max_error**2, None, exchange)
+            return _Budget((_KEPT_TO * options.max_error) ** 2, None, exchange)
         exact = part_of_rounding * lookup_variance(options.lookup_bits, 0.0)
         return _Budget(sum(g.response for g in groups) * exact, None, exchange, is_default=True)
 
@@ -492,8 +530,9 @@ class _Budget:
                 f"fewer heads."
             )
         assert self.variance is not None
+        asked = math.sqrt(self.variance) / _KEPT_TO
         return (
-            f"{name}: max_error={math.sqrt(self.variance):.2g} cannot be kept; look-ups of "
+            f"{name}: max_error={asked:.2g} cannot be kept; look-ups of "
             f"{MAX_LOOKUP_BITS} bits err by {least_error:.2g} of the results' deviation. "
             f"Try max_error={1.1 * least_error:.1e}."
         )

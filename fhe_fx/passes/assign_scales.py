@@ -80,8 +80,8 @@ class AssignScales(Pass):
         state.widen_for_weights()
         widths = state.encoding_widths()
         self._check(program, state, widths)
-        state.narrow_weights_of_answers()
         state.fill_encodings(widths)
+        state.narrow_weights_of_answers()
         state.leave_room(widths)
         scale = state.scales()
         for node in program.encrypted():
@@ -218,30 +218,43 @@ class _State:
                 widths[number] = max(widths.get(number, 0), int(self.width[index].max()))
         return widths
 
-    def narrow_weights_of_answers(self) -> None:
-        """Let answers that weights multiply have the bits that their sums do not need.
-
-        Where something else widens the encoding of a sum, finer answers are as good as larger
-        weights, and weights multiply noise.
-        """
-        behind = behind_look_ups(self.program)
-        for node in reversed(self._weighted()):
-            x = d.input_node(node)
-            if node.target != LINEAR or x not in behind:
-                continue
-            index = torch.unique(self.classes.of[x])
-            if bool((self.is_looked_up | self.is_result)[index].any()):
-                continue
-            largest = float(self._whole_weight(node, self.scales()).abs().max())
-            least = float(2 ** (bits_of_weights(self.program, node) - 1) - 1)
-            self.width[index] += max(0, round(math.log2(max(largest, 1.0) / least)))
-
     def fill_encodings(self, widths: dict[int, int]) -> None:
         """Let every class that no weight multiplies use all the bits of its encoding."""
         for node, number in self.encoding.items():
             index = torch.unique(self.classes.of[node])
             index = index[(self.is_looked_up | self.is_result)[index] & ~self.is_weighted[index]]
             self.width[index] = self.width[index].clamp_min(widths[number])
+
+    def narrow_weights_of_answers(self) -> None:
+        """Let answers that weights multiply have the bits that their sums do not need.
+
+        Where something else widens the encoding of a sum, finer answers are as good as larger
+        weights, and weights multiply noise. All weights that read them become smaller at once, so
+        the sum that has the fewest bits to spare decides.
+        """
+        behind = behind_look_ups(self.program)
+        readers = [
+            (n, set(self.classes.of[d.input_node(n)].unique().tolist())) for n in self._weighted()
+        ]
+        done: set[int] = set()
+        for _, read in reversed(readers):
+            if read <= done:
+                continue
+            done |= read
+            index = torch.tensor(sorted(read))
+            if bool((self.is_looked_up | self.is_result)[index].any()):
+                continue
+            scale = self.scales()
+            spare = [self._bits_to_spare(n, scale, behind) for n, other in readers if other & read]
+            self.width[index] += min(spare)
+
+    def _bits_to_spare(self, node: fx.Node, scale: Tensor, behind: set[fx.Node]) -> int:
+        """Return by how many bits the weights of a node are larger than they have to be."""
+        if node.target != LINEAR or d.input_node(node) not in behind:
+            return 0
+        largest = float(self._whole_weight(node, scale).abs().max())
+        least = float(2 ** (bits_of_weights(self.program, node) - 1) - 1)
+        return max(0, round(math.log2(max(largest, 1.0) / least)))
 
     def leave_room(self, widths: dict[int, int]) -> None:
         """Widen encodings, and with them all classes that look-ups fill anyway.

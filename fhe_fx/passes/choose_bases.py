@@ -48,7 +48,7 @@ class ChooseBases(Pass):
     size. One is what rounding the results to that many bits would make, about."""
     part_of_budget: float = 0.5
     """The same where the options give a `max_error`, in parts of it: both add up by squares."""
-    exchange: float = 4.0
+    exchange: float = 2.0
     """By how many per cent of itself the results' squared error must fall for a per cent of cost:
     where parameters are cheapest, bits and `p_error` buy as much. At 0 no channel more is kept than
     the tolerance asks for."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from fhe_fx.ir import dialect as d
 from fhe_fx.ir.batch import BatchInterpreter
 
 if TYPE_CHECKING:
@@ -18,31 +17,36 @@ __all__ = ["sensitivities"]
 
 
 def sensitivities(
-    program: Program, samples: Sequence[tuple[Tensor, ...]], draws: int = 2
+    program: Program,
+    samples: Sequence[tuple[Tensor, ...]],
+    draws: int = 2,
+    nodes: Sequence[fx.Node] | None = None,
 ) -> dict[str, Tensor]:
-    """Differentiate random combinations of the results by what each map answers.
+    """Differentiate random combinations of the results by what each of some nodes computes.
 
     A combination weighs every element of every result by an independent standard normal number, in
-    parts of the result's deviation. So for errors e of the maps' answers, the square of
+    parts of the result's deviation. So for errors e of the nodes, the square of
     `(e * found).sum()` has the mean squared relative error of the results as expected value
-    (Hutchinson's estimate), errors of several maps that belong together included.
+    (Hutchinson's estimate), errors of several nodes that belong together included.
 
     Args:
         program: with observed values.
         samples: values of the inputs.
         draws: combinations for each sample.
+        nodes: by which; the maps, if none are given.
 
     Returns:
-        For every map, `[draws, n_samples, *shape]`, float32, by node name.
+        For every node, `[draws, n_samples, *shape]`, float32, by node name.
     """
-    if not program.maps():
+    names = [n.name for n in (program.maps() if nodes is None else nodes)]
+    if not names:
         return {}
     generator = torch.Generator().manual_seed(program.options.seed)
     sizes = [
         program.observed[n.name].double().std().clamp_min(1e-12).float() for n in program.results
     ]
-    recorder = _Recorder(program.module)
-    found: dict[str, list[Tensor]] = {n.name: [] for n in program.maps()}
+    recorder = _Recorder(program.module, names)
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
     with torch.enable_grad():
         inputs = [x.detach().float().requires_grad_() for x in program.stacked(samples)]
         results = recorder.run(*inputs)
@@ -61,15 +65,16 @@ def sensitivities(
 
 
 class _Recorder(BatchInterpreter):
-    """Runs a graph and keeps what each map answers, with its history."""
+    """Runs a graph and keeps what some nodes compute, with its history."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, names: Sequence[str]) -> None:
         super().__init__(module)
+        self.names = frozenset(names)
         self.answers: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if d.is_map(n):
+        if n.name in self.names:
             if not value.requires_grad:  # a step: flat wherever it has a derivative
                 value = value.detach().requires_grad_()
             self.answers[n.name] = value
