@@ -1,13 +1,14 @@
-"""Lets a small GPT-2 write while its first attention runs on integers, and on ciphertexts.
+"""Lets a small GPT-2 write while its first attention runs with noise, and on ciphertexts.
 
     make demo
     python examples/gpt2/demo.py --prompt "He had never seen" --submodule h.0.attn --n-bits 4
     python examples/gpt2/demo.py --model gpt2 --heads 0     # the real one, where its weights are
 
-Each prompt is continued by the float model, and with the attention at two precisions: enough bits,
-and too few. Then the first token (or more, --execute) of one prompt comes out of an attention that
-runs on ciphertexts: of the shortest prompts, the one whose next token leads by most. The attention
-has circuits of several lengths; each token takes the shortest that fits.
+Each prompt is continued by the float model, and with the attention at two precisions, enough bits
+and too few, with the noise that encryption would have. Then the first token (or more, --execute)
+of one prompt comes out of an attention that runs on ciphertexts: of the shortest prompts, the one
+whose next token leads by most. The attention has circuits of several lengths; each token takes the
+shortest that fits.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def main() -> None:
             heads=choices.heads,
             calibration=_calibration(choices.model, tokenizer),
         )
-        fhe_fx.set_mode(encrypted[n_bits], "clear")
+        fhe_fx.compile(encrypted[n_bits], verbose=False)
+        fhe_fx.set_mode(encrypted[n_bits], "simulate")
         seconds = time.perf_counter() - start
         said = f"{choices.submodule} lowered at {n_bits} bits for {', '.join(map(str, lengths))}"
         print(f"{said} tokens in {seconds:.0f} s", flush=True)
