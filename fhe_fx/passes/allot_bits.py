@@ -37,7 +37,7 @@ from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.options import MAX_LOOKUP_BITS, Options
 from fhe_fx.passes.base import Pass, register
-from fhe_fx.quant.answer_weights import weighed_answers, weights_response
+from fhe_fx.quant.answer_weights import weighed_answers, weights_responses
 from fhe_fx.quant.classes import find_classes
 from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
 from fhe_fx.quant.noise import lookup_variance
@@ -105,14 +105,15 @@ class AllotBits(Pass):
         inner, outer = weighed_answers(program)
         for n in (*inner, *outer):
             n.meta.pop("weight_bits", None)
+        responses = weights_responses(program, (*inner, *outer))
         usual = _Results(
-            options.chosen_result_bits,
-            options.bits_of_answers_weights,
-            options.bits_of_answers_weights,
-            options.bits_of_answers_weights,
-            result_response(program),
-            weights_response(program, outer),
-            weights_response(program, inner),
+            bits=options.chosen_result_bits,
+            weight_bits=options.bits_of_answers_weights,
+            inner_weight_bits=options.bits_of_answers_weights,
+            usual_weight_bits=options.bits_of_answers_weights,
+            response=result_response(program),
+            weights_response=sum(responses[n] for n in outer),
+            inner_response=sum(responses[n] for n in inner),
         )
         if options.is_uniform:
             chosen = _uniform(options, free, fixed, usual)
@@ -295,7 +296,7 @@ class _Results:
     response: float
     """As `result_response` gives it."""
     weights_response: float
-    """As `weights_response` gives it of the weights in front of results, for the usual bits."""
+    """As `weights_responses` gives it of the weights in front of results, for the usual bits."""
     inner_response: float
     """The same of the others."""
 

@@ -10,6 +10,7 @@ behind a look-up, whose noise weights multiply: sums of answers have `answer_wei
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -233,20 +234,21 @@ class _State:
         the sum that has the fewest bits to spare decides.
         """
         behind = behind_look_ups(self.program)
-        readers = [
-            (n, set(self.classes.of[d.input_node(n)].unique().tolist())) for n in self._weighted()
-        ]
-        done: set[int] = set()
-        for _, read in reversed(readers):
-            if read <= done:
+        read = {n: self.classes.of[d.input_node(n)].unique() for n in self._weighted()}
+        readers: dict[int, list[fx.Node]] = defaultdict(list)
+        for node, index in read.items():
+            for number in index.tolist():
+                readers[number].append(node)
+        is_done = torch.zeros_like(self.is_looked_up)
+        for index in reversed(read.values()):
+            if bool(is_done[index].all()):
                 continue
-            done |= read
-            index = torch.tensor(sorted(read))
+            is_done[index] = True
             if bool((self.is_looked_up | self.is_result)[index].any()):
                 continue
             scale = self.scales()
-            spare = [self._bits_to_spare(n, scale, behind) for n, other in readers if other & read]
-            self.width[index] += min(spare)
+            together = {n for number in index.tolist() for n in readers[number]}
+            self.width[index] += min(self._bits_to_spare(n, scale, behind) for n in together)
 
     def _bits_to_spare(self, node: fx.Node, scale: Tensor, behind: set[fx.Node]) -> int:
         """Return by how many bits the weights of a node are larger than they have to be."""

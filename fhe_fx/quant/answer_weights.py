@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fhe_fx.ir.program import Program
 
-__all__ = ["weighed_answers", "weights_response"]
+__all__ = ["weighed_answers", "weights_responses"]
 
 _VALUES, _LEAST = 1 << 20, 8
 """Values of the largest sum by which the results are differentiated, about; samples, at least."""
@@ -46,7 +46,7 @@ def weighed_answers(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
     )
 
 
-def weights_response(program: Program, products: Sequence[fx.Node]) -> float:
+def weights_responses(program: Program, products: Sequence[fx.Node]) -> dict[fx.Node, float]:
     """Return the variance that rounding weights to their usual bits adds to the results.
 
     Args:
@@ -54,16 +54,16 @@ def weights_response(program: Program, products: Sequence[fx.Node]) -> float:
         products: as `weighed_answers` gives them.
 
     Returns:
-        The mean square error of the results, in parts of their variance.
+        For every product, the mean square error of the results, in parts of their variance.
     """
     if not products:
-        return 0.0
+        return {}
     weights = WholeWeights(program)
     size = max(math.prod(d.shape_of(n)) for n in products)
     samples = program.samples[:: max(1, len(program.samples) // max(_LEAST, _VALUES // size))]
     gradients = sensitivities(program, samples, nodes=products)
     n_results = sum(math.prod(d.shape_of(n)) for n in program.results)
-    total = 0.0
+    found = {}
     for node in products:
         x, weight = d.input_node(node), d.constant(d.input_node(node, 1))
         unit = weights.range_of(x)[..., :1, :]
@@ -72,5 +72,5 @@ def weights_response(program: Program, products: Sequence[fx.Node]) -> float:
         step = weights.range_of(node) * 2.0 ** -weights.doublings(node)
         rows = error.reshape(*error.shape, *(1,) * (step.dim() - error.dim()))
         moved = gradients[node.name].double().square().mean((0, 1))
-        total += float((rows * step.square() * moved).sum())
-    return total / n_results
+        found[node] = float((rows * step.square() * moved).sum()) / n_results
+    return found

@@ -14,7 +14,7 @@ from fhe_fx.ir.ops import LINEAR
 from fhe_fx.passes import Pipeline, default_pipeline
 from fhe_fx.passes.allot_bits import AllotBits
 from fhe_fx.passes.assign_scales import AssignScales
-from fhe_fx.quant.answer_weights import weighed_answers, weights_response
+from fhe_fx.quant.answer_weights import weighed_answers, weights_responses
 from tests.programs import Sample, lower, program_from, relative_error, run_integers, seeded
 
 INNER, OUTER = seeded((32, 32), n=2, seed=3)
@@ -62,7 +62,7 @@ def test_what_rounding_them_adds_is_predicted(
     """
     before = _before_allotting(function, bits)
     inner, outer = weighed_answers(before)
-    predicted = math.sqrt(weights_response(before, [*inner, *outer]))
+    predicted = math.sqrt(sum(weights_responses(before, [*inner, *outer]).values()))
     # Look-ups, inputs and results that hardly err leave the weights' error alone.
     program = program_from(
         function, SAMPLES, n_bits=8, p_error=0.01, input_bits=14, result_bits=14,
