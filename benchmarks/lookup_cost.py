@@ -8,13 +8,14 @@ sums, both behind approximate roundings of six bits or more, as the passes emit 
 complexity divided by its look-ups is the cost of one. The 2-norm of the weights says how much noise
 the sums have. Only parameters are searched, so that the figures are the same on every machine for
 one version of Concrete; that takes half an hour. Sizes of keys and ciphertexts stand in the same
-table.
+table, and the noise of an answer, by the formula of its parameters.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,12 @@ def main() -> None:
 def write(path: Path, version: str) -> None:
     """Measure and write the table: for each number of bits a row for each norm."""
     points = [[[measured(b, p, k) for p in P_ERRORS] for k in LOG_NORMS] for b in BITS]
-    costs, keys, words = np.moveaxis(np.array(points, dtype=np.float64), -1, 0)
+    costs, keys, words, noise = np.moveaxis(np.array(points, dtype=np.float64), -1, 0)
     blocks: dict[str, list[list[Any]]] = {
         "complexity_by_bits": [[written(row) for row in block] for block in monotone(costs)],
         "key_bytes_by_bits": [[list(map(int, row)) for row in block] for block in keys],
         "words_by_bits": [[list(map(int, row)) for row in block] for block in words],
+        "log_deviation_by_bits": [[[round(x, 2) for x in row] for row in block] for block in noise],
     }
     lines = [f'  "measured_on": {json.dumps(version)}']
     lines += [f'  "p_errors": {json.dumps(P_ERRORS)}', f'  "log_norms": {json.dumps(LOG_NORMS)}']
@@ -107,8 +109,13 @@ def cost(bits: int, p_error: float, log_norm: float) -> float:
     return measured(bits, p_error, log_norm)[0]
 
 
-def measured(bits: int, p_error: float, log_norm: float) -> tuple[float, int, int]:
-    """Return besides the bytes of its keys and the words of a ciphertext of its parameters."""
+def measured(bits: int, p_error: float, log_norm: float) -> tuple[float, int, int, float]:
+    """Return besides what its parameters take, and the noise of its answer.
+
+    Returns:
+        Complexity; bytes of the keys; words of a ciphertext; log2 of the deviation, in parts of the
+        torus.
+    """
     # Twice the terms for half a bit, so that the weight is a whole number.
     terms = round(min(4**log_norm, MOST_TERMS * 4 ** (log_norm % 1)))
     weight = round(2**log_norm / terms**0.5)
@@ -136,23 +143,54 @@ def measured(bits: int, p_error: float, log_norm: float) -> tuple[float, int, in
                 ends, p_error=p_error, compress_evaluation_keys=True
             )
             complexity = float(circuit.complexity) / (SUMS * terms + SUMS)
-            return complexity, *sizes(circuit)
+            return complexity, *sizes(circuit), log_deviation(circuit)
     except RuntimeError as error:
         if "NoParametersFound" not in str(error):
             raise
-        return float("inf"), 0, 0
+        return float("inf"), 0, 0, 0.0
 
 
 def sizes(circuit: Any) -> tuple[int, int]:
     """Return bytes of the keys, and words of a ciphertext, of the parameters of most look-ups."""
-    counts = circuit.programmable_bootstrap_count_per_parameter
-    boot = max(counts, key=lambda k: counts[k])
-    counts = circuit.key_switch_count_per_parameter
-    switch = max(counts, key=lambda k: counts[k])
+    boot = usual(circuit.programmable_bootstrap_count_per_parameter)
+    switch = usual(circuit.key_switch_count_per_parameter)
     short, long = boot.input_lwe_dimension(), boot.polynomial_size() * boot.glwe_dimension()
     bootstrap = short * (boot.glwe_dimension() + 1) ** 2 * boot.level() * boot.polynomial_size()
     key_switch = long * switch.level() * (short + 1)
     return 8 * int(bootstrap + key_switch), int(long) + 1
+
+
+def log_deviation(circuit: Any) -> float:
+    """Return log2 of the deviation of the noise of an answer, in parts of the torus.
+
+    What a bootstrap adds by the noise of its key, by rounding to the levels of the decomposition,
+    and by Fourier transforms in double precision (Bergerat et al. 2023, "Parameter optimization and
+    larger precision for (T)FHE", section 3, for a binary key).
+    """
+    boot = usual(circuit.programmable_bootstrap_count_per_parameter)
+    size, levels = int(boot.polynomial_size()), int(boot.level())
+    short, long = int(boot.input_lwe_dimension()), size * int(boot.glwe_dimension())
+    base, rows = 2.0 ** int(boot.base_log()), int(boot.glwe_dimension()) + 1
+    key = variance_of_key(circuit, boot) * levels * rows * size * (base**2 + 2) / 12
+    square = base ** (2 * levels)
+    cut = (2.0**128 - square) / (24 * square) * (1 + long / 2)
+    cut += long / 32 + (1 - long / 2) ** 2 / 16
+    transform = 2.0 ** (22 - 2.577) * levels * base**2 * size**2 * rows
+    return 0.5 * math.log2(short * (key + (cut + transform) / 2.0**128))
+
+
+def variance_of_key(circuit: Any, boot: Any) -> float:
+    """Return the variance with which a bootstrapping key is encrypted, in parts of the torus."""
+    keys = json.loads(circuit.client.specs.serialize())["keyset"]["lweBootstrapKeys"]
+    wanted = boot.polynomial_size(), boot.glwe_dimension(), boot.level(), boot.input_lwe_dimension()
+    names = "polynomialSize", "glweDimension", "levelCount", "inputLweDimension"
+    all_params = [k["params"] for k in keys]
+    return next(float(p["variance"]) for p in all_params if tuple(p[n] for n in names) == wanted)
+
+
+def usual(counts: dict[Any, int]) -> Any:
+    """Return the parameters that most operations have."""
+    return max(counts, key=lambda k: counts[k])
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ __all__ = [
 
 M = TypeVar("M", bound=nn.Module)
 DEFAULT_TOKENS = 8
-MAX_SAMPLES = 256
+MAX_SAMPLES = 512
 """Calibration inputs that are run; more are thinned out evenly."""
 
 

@@ -38,8 +38,13 @@ class AffineChain:
     """Others that they read, taken to be zero."""
 
     @staticmethod
-    def of(node: fx.Node) -> AffineChain:
-        """Walk up from a node to what is not affine."""
+    def of(node: fx.Node, *, to_products: bool = False) -> AffineChain:
+        """Walk up from a node to what is not affine.
+
+        Args:
+            node: affine.
+            to_products: no farther than to what the first clear-weight products multiply.
+        """
         nodes: dict[fx.Node, None] = {}
         sources: dict[fx.Node, None] = {}
 
@@ -50,7 +55,10 @@ class AffineChain:
                 sources[n] = None
                 return
             for operand in d.operands(n):
-                visit(operand)
+                if to_products and d.is_call(n, LINEAR):
+                    sources[operand] = None
+                else:
+                    visit(operand)
             nodes[n] = None
 
         visit(node)
@@ -65,9 +73,13 @@ class AffineChain:
         """Say why the chain is not one clear-weight product of each row, or None if it is."""
         if len(self.sources) != 1:
             return f"it is made of {len(self.sources)} tensors"
-        shape = d.shape_of(self.sources[0])
         if not self._is_weighted():
             return "part of it is not multiplied by clear weights"
+        return self.reason_against_rows()
+
+    def reason_against_rows(self) -> str | None:
+        """Say why the only source is not read row by row, or None if it is."""
+        shape = d.shape_of(self.sources[0])
         rows = self._rows()
         if bool((rows == _MIXED).any()):
             return "it mixes rows"
@@ -81,11 +93,15 @@ class AffineChain:
             return f"the composed weights would be {n_weights:,} numbers"
         return None
 
-    def as_one_product(self, b: Builder) -> fx.Node:
+    def as_one_product(self, b: Builder, *, shifts: bool = True) -> fx.Node:
         """Write the chain as one clear-weight product, moved into the shape of its last node.
 
         The weights of all rows are the same where the chain does the same with each; otherwise
         every row has its own.
+
+        Args:
+            b: writes it.
+            shifts: add the constants of the chain, too.
         """
         source, rows = self.sources[0], self._rows()
         shape = tuple(rows.shape)
@@ -101,7 +117,7 @@ class AffineChain:
         else:
             product = b.linear(b.view(x, (len(read), 1, -1)), weight.float())
         shaped = _in_place(b, product, rows, order)
-        if bool((offset == 0).all()):
+        if not shifts or bool((offset == 0).all()):
             return shaped
         return b.shift(shaped, compact(offset.view(shape)))
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -37,7 +36,7 @@ from fhe_fx.ir.printer import operator_name
 from fhe_fx.ir.program import Program
 from fhe_fx.options import MAX_LOOKUP_BITS, Options
 from fhe_fx.passes.base import Pass, register
-from fhe_fx.quant.answer_weights import weighed_answers, weights_responses
+from fhe_fx.quant.answer_weights import coarser_by, weighed_answers, weights_responses
 from fhe_fx.quant.classes import find_classes
 from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
 from fhe_fx.quant.noise import lookup_variance
@@ -56,6 +55,9 @@ function of every row, and does not average out over them."""
 _KEPT_TO = 0.95
 """Part of a `max_error` that predictions have to keep to: what is then measured has been up to a
 fiftieth larger."""
+_WORTH_MORE = 1.1
+"""By what factor a default budget's cost may rise for less error than it allows. A little takes the
+misreadings of a polynomial size down to what it can do; the next size costs twice as much."""
 _AS_CHEAP = 1.03
 """Costs are told apart beyond this factor: the table is as exact."""
 
@@ -106,13 +108,18 @@ class AllotBits(Pass):
         for n in (*inner, *outer):
             n.meta.pop("weight_bits", None)
         responses = weights_responses(program, (*inner, *outer))
+        for n, response in responses.items():
+            n.meta["weight_response"] = response
+        fewer = coarser_by({n: responses[n] for n in outer})
+        for n in outer:
+            n.meta["weight_bits"] = options.bits_of_answers_weights - fewer[n]
         usual = _Results(
             bits=options.chosen_result_bits,
             weight_bits=options.bits_of_answers_weights,
             inner_weight_bits=options.bits_of_answers_weights,
             usual_weight_bits=options.bits_of_answers_weights,
             response=result_response(program),
-            weights_response=sum(responses[n] for n in outer),
+            weights_response=sum(responses[n] * 4.0 ** fewer[n] for n in outer),
             inner_response=sum(responses[n] for n in inner),
         )
         if options.is_uniform:
@@ -125,7 +132,7 @@ class AllotBits(Pass):
         for n in program.results:
             n.meta["error_variance"] = f"{chosen.results.error(chosen.p_error):.4g}"
         for n in outer:
-            n.meta["weight_bits"] = chosen.results.weight_bits
+            n.meta["weight_bits"] = max(2, chosen.results.weight_bits - fewer[n])
         for n in inner:
             n.meta["weight_bits"] = chosen.results.inner_weight_bits
         result_bits = options.result_bits if options.is_uniform else chosen.results.bits
@@ -244,12 +251,12 @@ class AllotBits(Pass):
                 for narrow in range(max(wide - narrower, widths.start), wide + 1):
                     yield p_error, wide, narrow, ending
 
-    def _inner_weight_bits(self, options: Options, usual: _Results) -> Sequence[int]:
+    def _inner_weight_bits(self, options: Options, usual: _Results) -> Sequence[float]:
         """List the bits to try of weights whose sums a look-up reads."""
         least = usual.usual_weight_bits
         if options.answer_weight_bits is not None or not usual.inner_response:
             return (least,)
-        return range(least, max(least, options.weight_bits) + 1)
+        return [least + i / 2 for i in range(2 * max(0, options.weight_bits - least) + 1)]
 
     def _results(self, options: Options, usual: _Results, p_error: float) -> list[_Results]:
         """List the ways to round results, the best of each price."""
@@ -290,7 +297,7 @@ class _Results:
     bits: int
     weight_bits: int
     """Of weights in front of results."""
-    inner_weight_bits: int
+    inner_weight_bits: float
     """Of weights whose sums a look-up reads."""
     usual_weight_bits: int
     response: float
@@ -321,7 +328,9 @@ class _Results:
     @property
     def inner_weights_error(self) -> float:
         """Return what of it the weights make whose sums a look-up reads."""
-        return self.inner_response * 4.0 ** (self.usual_weight_bits - self.inner_weight_bits)
+        return self.inner_response * math.exp2(
+            2 * (self.usual_weight_bits - self.inner_weight_bits)
+        )
 
 
 @dataclass(frozen=True)
@@ -343,10 +352,13 @@ class _Allotment:
 
     def cost(self, noise: NoiseLevel) -> float:
         """Return the predicted complexity, at such a noise of sums."""
-        level = functools.partial(noise.at, result_bits=self.results.price)
+        p_error, result_bits = self.p_error, self.results.price
+        price = {
+            bits: lookup_cost(bits, p_error, noise.at(bits, p_error, result_bits))
+            for bits in set(self.bits.values())
+        }
         return sum(
-            g.look_ups * self.readings.get(g, 1) * lookup_cost(bits, self.p_error, level(bits))
-            for g, bits in self.bits.items()
+            g.look_ups * self.readings.get(g, 1) * price[bits] for g, bits in self.bits.items()
         )
 
 
@@ -403,15 +415,14 @@ class _Splits:
         self, p_error: float, wide: int, narrow: int, results: _Results, budget: _Budget
     ) -> Iterator[_Split]:
         """List the ways with two widths; with one, the one that the budget asks for."""
-        if self._noise.results + results.price - narrow > max(
-            self._noise.look_ups, cost_table().log_norms[-1]
-        ):
-            return  # finer than there is a price for
         fixed = _Allotment(p_error, results, self._fixed)
         error, cost = fixed.error, fixed.cost(self._noise)
         once = error - results.error(p_error)
         errors = [lookup_variance(b, p_error) for b in (wide, narrow)]
-        costs = [lookup_cost(b, p_error, self._noise.at(b, results.price)) for b in (wide, narrow)]
+        norms = [self._noise.at(b, p_error, results.price) for b in (wide, narrow)]
+        if not self._noise.is_known(p_error) or any(map(math.isinf, (cost, *norms))):
+            return  # there is no price for it
+        costs = [lookup_cost(b, p_error, n) for b, n in zip((wide, narrow), norms, strict=True)]
         if wide == narrow:
             steps = [
                 _Split(
@@ -504,18 +515,21 @@ class _Budget:
     def best(self, splits: Sequence[_Split]) -> _Split:
         """Return the cheapest, and of those that cost as much the one that errs least.
 
-        By default the budget is that of look-ups, and results are as fine as is worth its price.
+        By default the budget is that of look-ups, and results are as fine as is worth its price; so
+        are look-ups, for a little more than they cost at least.
         """
         if self.max_cost is not None:
             return min(splits, key=lambda s: (s.error, s.cost))
-        groups: dict[float, list[_Split]] = {}
+        if not self.is_default:
+            most = _AS_CHEAP * min(s.cost for s in splits)
+            return min((s for s in splits if s.cost <= most), key=lambda s: (s.error, s.cost))
+        least: dict[float, float] = {}
         for s in splits:
-            groups.setdefault(s.results.price if self.is_default else 0.0, []).append(s)
-        best = []
-        for group in groups.values():
-            most = _AS_CHEAP * min(s.cost for s in group)
-            best.append(min((s for s in group if s.cost <= most), key=lambda s: (s.error, s.cost)))
-        return min(best, key=lambda s: self.rank(s.error, s.cost, s.results))
+            least[s.results.price] = min(s.cost, least.get(s.results.price, math.inf))
+        return min(
+            (s for s in splits if s.cost <= _WORTH_MORE * least[s.results.price]),
+            key=lambda s: self.rank(s.error, s.cost, s.results),
+        )
 
     def rank(self, error: float, cost: float, results: _Results) -> tuple[float, float]:
         if self.is_default:

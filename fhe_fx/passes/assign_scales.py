@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,11 +31,21 @@ from fhe_fx.quant.classes import (
     find_classes,
     is_exact_scale,
 )
-from fhe_fx.quant.noise_level import behind_look_ups, bits_of_weights, squared_norms
+from fhe_fx.quant.filling import Filling, Reads
+from fhe_fx.quant.lookup_cost import cost_table, lookup_cost
+from fhe_fx.quant.noise_level import (
+    NoiseLevel,
+    behind_look_ups,
+    bits_to_spare,
+    greatest_weight,
+    squared_norms,
+)
 from fhe_fx.quant.ranges import class_ends
 
 __all__ = ["AssignScales"]
 
+_BELOW_A_STEP = 0.25
+"""Bits by which noise is left short of the next norm of the table: prices rise in steps there."""
 MAX_WIDTH = 40
 """Wider accumulators would leave no room for noise in a 64-bit ciphertext."""
 
@@ -63,9 +74,12 @@ class AssignScales(Pass):
     """Bits of an accumulator below what its look-up reads: the sum of the roundings of many table
     results stays far below one slot."""
     room_bits: int = 3
-    """Bits of an encoding that the values of a class are left short of where one look-up reads them
-    in a narrower range than another. A look-up multiplies what it reads by a whole number, to fill
-    the encoding: by one or two it may leave half of it empty, by eight or more a ninth."""
+    """By how many bits the values of a class may be left short of their encoding where one look-up
+    reads them in a narrower range than another. A look-up multiplies what it reads by a whole
+    number, to fill the encoding: by one or two it may leave half of it empty, by eight a ninth."""
+    exchange: float = 1.5
+    """By how many per cent of itself the squared error must fall for a per cent of cost, for noise
+    to be multiplied more than it is anyway."""
     input_margin: float = 0.25
     """Room beyond the calibrated range of an input that only weights read, as a part of it. The
     client clips there: linear precision is free."""
@@ -114,6 +128,7 @@ class _State:
         self.classes: Classes = find_classes(program)
         self.encoding = encodings(program)
         self.absorbed = absorbed_scales(program)
+        self.behind = behind_look_ups(program)
         n = self.classes.n_classes
         self.range = torch.zeros(n, dtype=torch.float64)
         self.width = torch.zeros(n, dtype=torch.int64)
@@ -184,11 +199,9 @@ class _State:
 
     def widen_for_weights(self) -> None:
         """Widen classes that clear weights make, until the weights keep their bits."""
-        options, behind = self.program.options, behind_look_ups(self.program)
         for node in self._weighted():
-            is_answer = node.target == LINEAR and d.input_node(node) in behind
-            bits = bits_of_weights(self.program, node) if is_answer else options.weight_bits
-            least = float(2 ** (bits - 1) - 1)
+            is_answer = node.target == LINEAR and d.input_node(node) in self.behind
+            least = greatest_weight(self.program, node, self.behind)
             scale = self.scales()
             x, weight = d.input_node(node), d.constant(d.input_node(node, 1)).double()
             s_in, out = scale[self.classes.of[x]], self.classes.of[node]
@@ -230,10 +243,9 @@ class _State:
         """Let answers that weights multiply have the bits that their sums do not need.
 
         Where something else widens the encoding of a sum, finer answers are as good as larger
-        weights, and weights multiply noise. All weights that read them become smaller at once, so
-        the sum that has the fewest bits to spare decides.
+        weights, and weights multiply noise. All weights that read them become smaller at once, as
+        far as their rounding together errs no more than was allotted to them.
         """
-        behind = behind_look_ups(self.program)
         read = {n: self.classes.of[d.input_node(n)].unique() for n in self._weighted()}
         readers: dict[int, list[fx.Node]] = defaultdict(list)
         for node, index in read.items():
@@ -246,69 +258,98 @@ class _State:
             is_done[index] = True
             if bool((self.is_looked_up | self.is_result)[index].any()):
                 continue
-            scale = self.scales()
             together = {n for number in index.tolist() for n in readers[number]}
-            self.width[index] += min(self._bits_to_spare(n, scale, behind) for n in together)
+            if all(d.input_node(n) in self.behind for n in together):
+                self.range[index] /= 2.0 ** self._bits_to_spare(together)
 
-    def _bits_to_spare(self, node: fx.Node, scale: Tensor, behind: set[fx.Node]) -> int:
-        """Return by how many bits the weights of a node are larger than they have to be."""
-        if node.target != LINEAR or d.input_node(node) not in behind:
-            return 0
-        largest = float(self._whole_weight(node, scale).abs().max())
-        least = float(2 ** (bits_of_weights(self.program, node) - 1) - 1)
-        return max(0, round(math.log2(max(largest, 1.0) / least)))
+    def _bits_to_spare(self, products: Collection[fx.Node]) -> float:
+        """Return by how many bits the weights of products are larger than they have to be."""
+        scale = self.scales()
+        spare = bits_to_spare(
+            self.program,
+            self.behind,
+            {n: max(1.0, float(self._whole_weight(n, scale).abs().max())) for n in products},
+        )
+        return max(0.0, spare)
 
     def leave_room(self, widths: dict[int, int]) -> None:
-        """Widen encodings, and with them all classes that look-ups fill anyway.
+        """Stretch scales, and widen encodings, so that look-ups fill their slots better.
 
-        The others keep their scales, and fill a part of the encoding. Noise that arrives with them
-        is multiplied before it is read, and may become as large as it is elsewhere, not larger.
+        Noise that arrives is multiplied before it is read: it may become as large as it is
+        elsewhere, and larger where what look-ups then err less is worth the price.
         """
-        spare, wanted, has_noise = self._spare_bits(widths)
+        if not self.program.maps():
+            return
+        reads, results, has_noise = self._reads(widths)
+        classes_of = {e: torch.zeros_like(self.is_looked_up) for e in widths}
+        for node, number in self.encoding.items():
+            if number in widths:
+                classes_of[number][self.classes.of[node].reshape(-1)] = True
         held = self.is_weighted | self.is_result
-        for number in sorted(widths):
-            nodes = [n for n, e in self.encoding.items() if e == number]
-            index = torch.unique(torch.cat([self.classes.of[n].reshape(-1) for n in nodes]))
-            looked = index[self.is_looked_up[index]]
-            if not bool(wanted[looked].any()) or bool(self.is_result[index].any()):
-                continue
-            # What keeps its scale also arrives in sums of it, multiplied by as much.
-            weighs_answers = bool((self.is_weighted & has_noise)[index].any())
-            bound = looked if weighs_answers else looked[held[looked]]
-            fits = MAX_WIDTH - widths[number]
-            most = min([fits, *spare[bound].tolist()])
-            left = torch.minimum(wanted, spare.clamp(max=most))
-            widths[number] += int(left[looked].max())
-            filled = looked[~held[looked]]
-            self.width[filled] += int(left[looked].max()) - left[filled]
+        bound, most = held.clone(), {}
+        for number, own in classes_of.items():
+            most[number] = min(self.settings.room_bits, MAX_WIDTH - widths[number])
+            if bool(self.is_result[own].any()):
+                most[number] = 0
+            # Weighed answers that keep their scale are multiplied more in all that is made of them.
+            if bool((self.is_weighted & has_noise)[own].any()):
+                bound |= own
+        looked = {e: own & self.is_looked_up for e, own in classes_of.items()}
+        options = self.program.options
+        others = sum({float(n.meta.get("error_variance", 0)) for n in self.program.results})
 
-    def _spare_bits(self, widths: dict[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return of each class by how many bits its noise is below the greatest that is read.
+        def found(norm: float) -> tuple[float, Filling]:
+            filling = Filling.best(reads, looked, held, bound, most, norm)
+            price = self._price(0.5 * math.log2(max(norm, 1.0)), results)
+            error = max(filling.error + others, 1e-30)
+            return self.settings.exchange * math.log(max(price, 1.0)) + math.log(error), filling
 
-        And how many of these bits are of use to it, and which classes have noise at all.
-        """
+        greatest = float(reads.stretched(1.0, len(held))[1].max())
+        norms = [greatest]
+        if options.max_cost is None:
+            ends = [n - _BELOW_A_STEP for n in cost_table().log_norms]
+            norms += [
+                4.0**n
+                for n in ends
+                if 4.0**n > greatest and NoiseLevel(n, results).is_known(options.chosen_p_error)
+            ]
+        filling = min(map(found, norms), key=lambda pair: pair[0])[1]
+        for number, own in looked.items():
+            widths[number] += filling.wider[number]
+            self.width[own & ~held] += filling.wider[number]
+        self.range[~held] *= filling.stretch[~held]
+
+    def _reads(self, widths: dict[int, int]) -> tuple[Reads, float, Tensor]:
+        """Return what look-ups read, log2 of the greatest norm of results, what has noise."""
         scale = self.scales()
         norms = squared_norms(self.program, lambda n: self._whole_weight(n, scale))
         has_noise = torch.zeros_like(self.is_result)
         for node, norm in norms.items():
             has_noise[self.classes.of[node][norm > 0]] = True
-        noise, wanted = torch.zeros_like(self.range), torch.zeros_like(self.width)
-        for node in self.program.maps():
-            source = d.input_node(node)
+        found = []
+        for reader in self.program.maps():
+            source = d.input_node(reader)
             index = self.classes.of[source].reshape(-1)
             low, high = (end.reshape(-1) for end in source.meta["range"])
             room = scale[index] * 2.0 ** widths[self.encoding[source]]
-            times = (room / (high - low).clamp_min(1e-300)).floor().clamp_min(1)
-            square = norms[source].reshape(-1) * times.square()
-            noise.scatter_reduce_(0, index, square, "amax")
-            is_narrow = times * (high - low) < (1 - 2.0**-self.settings.room_bits) * room
-            bits = torch.where(is_narrow, self.settings.room_bits, 0)
-            wanted.scatter_reduce_(0, index, bits, "amax")
-        greatest = max(
-            [1.0, float(noise.max()), *(float(norms[n].max()) for n in self.program.results)]
-        )
-        spare = (0.5 * (greatest / noise.clamp_min(1e-12)).log2()).floor()
-        return spare.clamp(0, MAX_WIDTH).long(), wanted, has_noise
+            error = float(reader.meta.get("error_variance", 1)) / max(1, len(room))
+            each = torch.full_like(room, error / int(reader.meta.get("readings", 1)))
+            full = room / (high - low).clamp_min(1e-300)
+            found.append((index, full, norms[source].reshape(-1), each))
+        results = max([1.0, *(float(norms[n].max()) for n in self.program.results)])
+        reads = Reads(*map(torch.cat, zip(*found, strict=True)))
+        return reads, 0.5 * math.log2(results), has_noise
+
+    def _price(self, look_ups: float, results: float) -> float:
+        """Return the predicted cost of all look-ups at such a noise of sums."""
+        options, noise = self.program.options, NoiseLevel(look_ups, results)
+        p_error, result_bits = options.chosen_p_error, options.chosen_result_bits
+        total = 0.0
+        for n in self.program.maps():
+            bits = int(n.meta["lookup_bits"])
+            price = lookup_cost(bits, p_error, noise.at(bits, p_error, result_bits))
+            total += price * math.prod(d.shape_of(n)) * int(n.meta.get("readings", 1))
+        return total
 
     def _whole_weight(self, node: fx.Node, scale: Tensor) -> Tensor:
         """Return the integers that a weight becomes, before they are rounded."""

@@ -11,6 +11,7 @@ from fhe_fx.passes.choose_ranges import ChooseRanges
 from fhe_fx.passes.distribute_linears import DistributeLinears
 from fhe_fx.passes.drop_idle_maps import DropIdleMaps
 from fhe_fx.passes.expand_matmuls import ExpandMatmuls
+from fhe_fx.passes.fold_means import FoldMeans
 from fhe_fx.passes.fold_scales import FoldScales
 from fhe_fx.passes.fuse_linears import FuseLinears
 from fhe_fx.passes.fuse_maps import FuseMaps
@@ -68,6 +69,7 @@ def default_pipeline() -> Pipeline:
             HoistMaps(),
             # Integers.
             DistributeLinears(),
+            FoldMeans(),
             InsertRefreshes(),
             HoistMaps(),
             MergeMaps(),

@@ -41,12 +41,14 @@ class SplitInputs(Pass):
             for user in list(node.users)[1:]:
                 user.replace_input_with(node, self._copy(program, node))
         number = encodings(program)
-        apart = {number[node] for node in program.results}
-        apart |= {number[n] for n in program.placeholders if not _is_only_weighted(n)}
-        kept: dict[tuple[int, int | None], fx.Node] = {}
+        returned = {number[node] for node in program.results}
+        apart = returned | {number[n] for n in program.placeholders if not _is_only_weighted(n)}
+        kept: dict[tuple[int, int | None, bool], fx.Node] = {}
         for node in program.placeholders:
             own = number[node] if number[node] in apart else None
-            key = (program.sources[node.name], own)
+            # What goes into a result without weights has its scale, too fine to be weighted at.
+            is_weighted = own in returned and _is_only_weighted(node)
+            key = (program.sources[node.name], own, is_weighted)
             if key in kept:
                 node.replace_all_uses_with(kept[key])
                 program.graph.erase_node(node)

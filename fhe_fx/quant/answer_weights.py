@@ -16,13 +16,13 @@ from fhe_fx.quant.sensitivity import sensitivities
 from fhe_fx.quant.weight_rounding import expected_error, rows_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import fx
 
     from fhe_fx.ir.program import Program
 
-__all__ = ["weighed_answers", "weights_responses"]
+__all__ = ["coarser_by", "weighed_answers", "weights_responses"]
 
 _VALUES, _LEAST = 1 << 20, 8
 """Values of the largest sum by which the results are differentiated, about; samples, at least."""
@@ -69,8 +69,23 @@ def weights_responses(program: Program, products: Sequence[fx.Node]) -> dict[fx.
         unit = weights.range_of(x)[..., :1, :]
         values = program.observed[x.name].double() / unit
         error = expected_error(rows_of(values - values.mean(0), weight))
-        step = weights.range_of(node) * 2.0 ** -weights.doublings(node)
+        step = weights.range_of(node) / weights.unit(node)
         rows = error.reshape(*error.shape, *(1,) * (step.dim() - error.dim()))
         moved = gradients[node.name].double().square().mean((0, 1))
         found[node] = float((rows * step.square() * moved).sum()) / n_results
     return found
+
+
+def coarser_by(responses: Mapping[fx.Node, float]) -> dict[fx.Node, int]:
+    """Return by how many bits fewer each product's weights may have than those that err most.
+
+    Where a result is the sum of several products, one that makes a small part of it needs as many
+    bits fewer; it then errs as the one that errs most does, at most.
+
+    Args:
+        responses: as `weights_responses` gives them.
+    """
+    greatest = max(responses.values(), default=0.0)
+    return {
+        n: math.floor(0.5 * math.log2(greatest / r)) if r > 0 else 0 for n, r in responses.items()
+    }

@@ -16,7 +16,7 @@ from fhe_fx.ir.ops import LOOKUP, ROUND
 from fhe_fx.ir.program import Program
 from fhe_fx.ir.types import ValueType
 from fhe_fx.ir.views import Lookup, Round
-from fhe_fx.quant.lookup_cost import key_size, lookup_cost
+from fhe_fx.quant.lookup_cost import cost_table, key_size, lookup_cost
 from fhe_fx.quant.noise_level import NoiseLevel
 from fhe_fx.quant.overflow import Overflow
 from fhe_fx.report.machine import machine_rates
@@ -223,9 +223,10 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
     noise = NoiseLevel.of(program)
     rounded = [Round.of(n).bits for n in program.results if d.is_call(n, ROUND)]
     result_bits = max(rounded, default=0)
-    costs = {
-        n: counts[n] * lookup_cost(b, p_error, noise.at(b, result_bits)) for n, b in bits.items()
-    }
+    # Where no parameters are known to be exact enough, those that are the most exact.
+    known = cost_table().log_norms[-1]
+    norms = {b: min(noise.at(b, p_error, result_bits), known) for b in sorted(set(bits.values()))}
+    costs = {n: counts[n] * lookup_cost(b, p_error, norms[b]) for n, b in bits.items()}
     variances = {n: float(n.meta["error_variance"]) for n in look_ups if "error_variance" in n.meta}
     # Every result is said what rounding adds to all of them together.
     rounding = max((float(n.meta.get("error_variance", 0)) for n in program.results), default=0.0)
@@ -254,7 +255,7 @@ def _region(program: Program, facts: CircuitFacts | None, tokens: int | None) ->
         )
     nodes.sort(key=lambda c: -c.share)
     edges = edges_of(program)
-    sizes = [key_size(b, p_error, noise.at(b, result_bits)) for b in sorted(set(bits.values()))]
+    sizes = [key_size(b, p_error, norm) for b, norm in norms.items()]
     base = RegionCost(
         name=program.name,
         look_ups=sum(counts.values()),

@@ -71,13 +71,15 @@ def _cost(program: Program) -> float:
     return sum(
         int(n.meta["readings"])
         * math.prod(d.shape_of(n))
-        * lookup_cost(n.meta["lookup_bits"], p_error, _norm(program, n.meta["lookup_bits"]))
+        * lookup_cost(
+            n.meta["lookup_bits"], p_error, _norm(program, n.meta["lookup_bits"], p_error)
+        )
         for n in program.maps()
     )
 
 
-def _norm(program: Program, bits: int) -> float:
-    return NoiseLevel.of(program).at(bits, program.options.chosen_result_bits)
+def _norm(program: Program, bits: int, p_error: float) -> float:
+    return NoiseLevel.of(program).at(bits, p_error, program.options.chosen_result_bits)
 
 
 def _noisy_error(program: Program) -> float:
@@ -118,7 +120,7 @@ def test_nothing_of_one_width_that_keeps_to_the_budget_is_cheaper() -> None:
     look_ups = sum(math.prod(d.shape_of(n)) for n in program.maps())
     allowed = _allowed(program, 4)
     uniform = [
-        look_ups * lookup_cost(bits, p_error, _norm(program, bits))
+        look_ups * lookup_cost(bits, p_error, _norm(program, bits, p_error))
         for bits in range(2, 17)
         for p_error in once.p_errors
         if sum(responses.values()) * lookup_variance(bits, p_error) <= allowed

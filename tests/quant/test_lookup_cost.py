@@ -43,3 +43,28 @@ def test_keys_exist_where_a_cost_does() -> None:
         assert size == row[table.p_errors.index(p)]
         assert (size.key_bytes > 0) == (size.words > 0)
         assert size.key_bytes > 0 or math.isinf(lookup_cost(bits, p, norm))
+
+
+def test_results_cost_more_only_where_answers_are_too_noisy_for_them() -> None:
+    table = cost_table()
+    cheap = table.norm_for_results(8, 0.6, look_ups=2.0, results=2.0, result_bits=8)
+    assert cheap == 2.0
+    dear = table.norm_for_results(8, 0.6, look_ups=2.0, results=10.0, result_bits=8)
+    # A look-up of as much noise would ask for parameters as exact, or more.
+    assert 2.0 < dear <= 10.0
+    assert lookup_cost(8, 0.6, cheap) < lookup_cost(8, 0.6, dear)
+    assert table.norm_for_results(8, 0.6, 2.0, 60.0, 8) == math.inf
+    assert lookup_cost(8, 0.6, math.inf) == math.inf
+
+
+def test_parameters_for_noisier_sums_leave_answers_less_noisy() -> None:
+    table = cost_table()
+    for bits, block in table.log_deviations_by_bits.items():
+        for place, _ in enumerate(table.p_errors):
+            known = [
+                row[place]
+                for row, costs in zip(block, table.by_bits[bits], strict=True)
+                if not math.isinf(costs[place])
+            ]
+            if len(known) == len(table.log_norms):
+                assert max(known[-3:]) < min(known[:3])
