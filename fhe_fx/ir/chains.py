@@ -47,21 +47,25 @@ class AffineChain:
         """
         nodes: dict[fx.Node, None] = {}
         sources: dict[fx.Node, None] = {}
+        ends: set[fx.Node] = set()
 
         def visit(n: fx.Node) -> None:
             if n in nodes or n in sources:
                 return
-            if not d.is_call(n, *_STEPS):
+            if n in ends or not d.is_call(n, *_STEPS):
                 sources[n] = None
                 return
             for operand in d.operands(n):
                 if to_products and d.is_call(n, LINEAR):
-                    sources[operand] = None
-                else:
-                    visit(operand)
+                    ends.add(operand)
+                visit(operand)
             nodes[n] = None
 
         visit(node)
+        if ends & nodes.keys():  # also read beside a product that was met later
+            nodes.clear()
+            sources.clear()
+            visit(node)
         return AffineChain(tuple(nodes), tuple(sources))
 
     def of_source(self, source: fx.Node) -> AffineChain:

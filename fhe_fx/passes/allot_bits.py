@@ -6,9 +6,9 @@ approximate rounding both are unbiased: so few bits that are never misread and m
 buy the same precision, and the second is cheaper. The pass knows what variance each look-up adds to
 the results, by derivatives on the calibration samples, and what a look-up costs at each width and
 `p_error`, by a table of Concrete's optimizer; of all that keep the results' error within the
-budget it takes the cheapest. Results, and the weights of answers, have bits as long as one more is
-worth its price. A few look-ups often make most of the error: those are read several times
-(`quant/readings.py`), and their mean errs less.
+budget it takes the cheapest, or by default one that errs less for a little more. Results, and the
+weights of answers, have bits as long as one more is worth its price. A few look-ups often make most
+of the error: those are read several times (`quant/readings.py`), and their mean errs less.
 
 The budget is `max_error`, or a part of what rounding every look-up to `n_bits + lookup_extra_bits`
 bits alone would make; with `max_cost` the least error is taken instead. Two widths at most
@@ -68,7 +68,8 @@ class AllotBits(Pass):
     """Set `lookup_bits`, `readings`, `error_variance` on maps, and `program.options.p_error`.
 
     `node.meta["error_variance"]` is what one reading adds to the results' variance, in parts of it;
-    on a result, what rounding it adds. `program.options.result_bits` is set, too.
+    on a result, what rounding it adds. `program.options.result_bits` is set, too, and on products
+    of answers `weight_bits`, and `weight_response`, what rounding to the usual bits adds.
     """
 
     name: ClassVar[str] = "allot-bits"
@@ -110,7 +111,7 @@ class AllotBits(Pass):
         responses = weights_responses(program, (*inner, *outer))
         for n, response in responses.items():
             n.meta["weight_response"] = response
-        fewer = coarser_by({n: responses[n] for n in outer})
+        fewer = coarser_by({n: responses[n] for n in outer}, options.bits_of_answers_weights - 2)
         for n in outer:
             n.meta["weight_bits"] = options.bits_of_answers_weights - fewer[n]
         usual = _Results(

@@ -296,7 +296,9 @@ class _State:
                 bound |= own
         looked = {e: own & self.is_looked_up for e, own in classes_of.items()}
         options = self.program.options
-        others = sum({float(n.meta.get("error_variance", 0)) for n in self.program.results})
+        # Every result is said what rounding adds to all of them together.
+        rounding = [float(n.meta.get("error_variance", 0)) for n in self.program.results]
+        others = max(rounding, default=0.0)
 
         def found(norm: float) -> tuple[float, Filling]:
             filling = Filling.best(reads, looked, held, bound, most, norm)

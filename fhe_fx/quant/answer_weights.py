@@ -76,7 +76,7 @@ def weights_responses(program: Program, products: Sequence[fx.Node]) -> dict[fx.
     return found
 
 
-def coarser_by(responses: Mapping[fx.Node, float]) -> dict[fx.Node, int]:
+def coarser_by(responses: Mapping[fx.Node, float], most: int) -> dict[fx.Node, int]:
     """Return by how many bits fewer each product's weights may have than those that err most.
 
     Where a result is the sum of several products, one that makes a small part of it needs as many
@@ -84,8 +84,10 @@ def coarser_by(responses: Mapping[fx.Node, float]) -> dict[fx.Node, int]:
 
     Args:
         responses: as `weights_responses` gives them.
+        most: by how many bits, at most.
     """
     greatest = max(responses.values(), default=0.0)
     return {
-        n: math.floor(0.5 * math.log2(greatest / r)) if r > 0 else 0 for n, r in responses.items()
+        n: min(most, math.floor(0.5 * math.log2(greatest / r))) if r > 0 else 0
+        for n, r in responses.items()
     }

@@ -173,7 +173,7 @@ def lookup_cost(bits: int, p_error: float, log_norm: float = 0.0) -> float:
     Args:
         bits: how many it reads.
         p_error: probability that it reads another entry.
-        log_norm: of the noisiest sum of its circuit (`log_norm_of`).
+        log_norm: of the noisiest sum of its circuit (`NoiseLevel.at`).
     """
     return cost_table().of(bits, p_error, log_norm)
 
@@ -184,6 +184,6 @@ def key_size(bits: int, p_error: float, log_norm: float = 0.0) -> KeySize:
     Args:
         bits: how many a look-up reads.
         p_error: probability that it reads another entry.
-        log_norm: of the noisiest sum of its circuit (`log_norm_of`).
+        log_norm: of the noisiest sum of its circuit (`NoiseLevel.at`).
     """
     return cost_table().size_of(bits, p_error, log_norm)

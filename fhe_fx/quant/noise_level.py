@@ -33,6 +33,7 @@ __all__ = [
 
 
 _MOST_WHERE_USED_UP = 4.5
+"""log2 of the greatest norm for which circuits have cost there what the table says."""
 
 
 def behind_look_ups(program: Program) -> set[fx.Node]:
@@ -63,8 +64,8 @@ class NoiseLevel:
 
         Args:
             program: of either stage. In float, with observed values, weights count as the integers
-                that they will be where sums of answers fill their encodings, and factors that are
-                not whole as one, since most are absorbed by scales.
+                that they will be where sums of answers fill their encodings. Factors that scales
+                absorb count as one.
         """
         weights = WholeWeights(program)
         norms = squared_norms(program, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fhe_fx.ir import dialect as d
@@ -11,6 +12,7 @@ from fhe_fx.passes import default_pipeline
 from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.fold_means import FoldMeans
 from fhe_fx.quant.noise_level import NoiseLevel
+from fhe_fx.testing import assert_equivalent, float_program
 from tests.conftest import CheckPass
 from tests.programs import lower, program_from, relative_error, run_all, run_integers, seeded
 
@@ -89,3 +91,18 @@ def test_a_mean_of_answers_alone_is_left() -> None:
     program = program_from(answers_alone, [(x,) for x in seeded((2, 8), n=16)])
     lower(program)
     assert all(d.input_node(n).op == "placeholder" for n in program.calls(LINEAR))
+
+
+@pytest.mark.parametrize("product_first", [True, False])
+def test_what_a_product_multiplies_may_be_read_beside_it(product_first: bool) -> None:
+    def beside(b: Builder, x: torch.fx.Node) -> torch.fx.Node:
+        scaled = b.shift(b.scale(x, 3.0), 1.0)
+        product = b.linear(scaled, W)
+        stream = b.add(product, scaled) if product_first else b.add(scaled, product)
+        total = b.expand(b.sum(stream, [1], keepdim=True), (3, 4))
+        return b.apply(b.sub(b.scale(stream, 4.0), total), TANH)
+
+    inputs = [torch.linspace(-1, 1, 12).view(3, 4)]
+    given, program = (float_program(beside, inputs) for _ in range(2))
+    assert FoldMeans().run(program)
+    assert_equivalent(given, program, [tuple(inputs)])
