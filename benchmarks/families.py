@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--family", choices=list(FAMILIES), action="append", help="all without it")
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--n-bits", type=int, default=4)
+    parser.add_argument("--calibration", type=int, default=CALIBRATION, help="inputs of it")
     parser.add_argument("--seconds", type=int, default=900, help="of the processor, for a row")
     parser.add_argument("--gigabytes", type=float, default=8, help="of memory, for a row")
     parser.add_argument(
@@ -56,7 +57,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.row:
         _limit(given.seconds, given.gigabytes)
-        for found in measure(json.loads(given.row), is_compiled=not given.no_compile):
+        rows = measure(json.loads(given.row), given.calibration, is_compiled=not given.no_compile)
+        for found in rows:
             print(json.dumps(found), flush=True)
     elif given.page:
         given.page.write_text(page(read(given.store)))
@@ -97,6 +99,7 @@ def attempt(key: Row, given: argparse.Namespace) -> Row:
     command = [
         sys.executable, "-W", "ignore", __file__, "--row", json.dumps(key),
         "--seconds", str(given.seconds), "--gigabytes", str(given.gigabytes),
+        "--calibration", str(given.calibration),
         *(["--no-compile"] if given.no_compile else []),
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -106,11 +109,15 @@ def attempt(key: Row, given: argparse.Namespace) -> Row:
         return found
     if run.returncode == -signal.SIGXCPU:
         reason = f"not done after {given.seconds} s of the processor"
-    elif "can't allocate memory" in run.stderr or "MemoryError" in run.stderr:
+    elif _is_of_memory(run.stderr):
         reason = f"needs more than {given.gigabytes:g} GB of memory"
     else:
         reason = (run.stderr.strip().splitlines() or [f"ended with {run.returncode}"])[-1]
     return {"stopped": reason, "machine": machine_name()}
+
+
+def _is_of_memory(message: str) -> bool:
+    return "can't allocate memory" in message or "MemoryError" in message
 
 
 def _limit(seconds: int, gigabytes: float) -> None:
@@ -121,8 +128,12 @@ def _limit(seconds: int, gigabytes: float) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 1e9), most))
 
 
-def measure(key: Row, *, is_compiled: bool) -> Iterator[Row]:
-    """Lower and compile one part; give its cost as predicted and as compiled, or why not."""
+def measure(key: Row, calibration: int, *, is_compiled: bool) -> Iterator[Row]:
+    """Lower and compile one part; give its cost as predicted and as compiled, or why not.
+
+    Raises:
+        FheFxError: if memory did not suffice; that is no refusal.
+    """
     import torch
 
     import fhe_fx
@@ -130,12 +141,12 @@ def measure(key: Row, *, is_compiled: bool) -> Iterator[Row]:
 
     family = FAMILIES[key["family"]]
     model = family.build(is_tiny=key["size"] == "tiny")
-    inputs = family.inputs(model, CALIBRATION + HELD_OUT, key["tokens"])
+    inputs = family.inputs(model, calibration + HELD_OUT, key["tokens"])
     found: Row = {"machine": machine_name(), "rows": family.rows(model, key["tokens"])}
     start = time.perf_counter()
     try:
         (encrypted,) = family.encrypt(
-            model, [key["part"]], inputs[:CALIBRATION], n_bits=key["n_bits"]
+            model, [key["part"]], inputs[:calibration], n_bits=key["n_bits"]
         )
         found["lower_seconds"] = round(time.perf_counter() - start, 1)
         (part,) = encrypted_modules(encrypted)
@@ -144,7 +155,7 @@ def measure(key: Row, *, is_compiled: bool) -> Iterator[Row]:
             lambda m, args, kwargs: samples.extend(m.samples_of(*args, **kwargs)), with_kwargs=True
         )
         with torch.no_grad():
-            for x in inputs[CALIBRATION:]:
+            for x in inputs[calibration:]:
                 encrypted(x)
         exact = torch.stack([part.region.run_float(s)[0] for s in samples])
         clear = torch.stack([r[0] for r in part.region.run_many(samples, "clear")])
@@ -156,6 +167,8 @@ def measure(key: Row, *, is_compiled: bool) -> Iterator[Row]:
             cost = fhe_fx.compile(encrypted, verbose=False).regions[0]
             yield {**found, "complexity": cost.complexity}
     except fhe_fx.FheFxError as error:
+        if _is_of_memory(str(error)):
+            raise
         yield {**found, "refused": f"{type(error).__name__}: {error}"}
 
 
