@@ -80,7 +80,7 @@ class FuseMaps(Pass):
             if node in done:
                 return done[node]
             if d.is_map(node):
-                done[node] = _inline(graph, d.map_of(node), emit(d.input_node(node)), hold)
+                done[node] = inlined(graph, d.map_of(node), emit(d.input_node(node)), hold)
             elif d.is_call(node, SCALE, SHIFT):
                 value = d.constant(d.input_node(node, 1))
                 operand = value.item() if value.numel() == 1 else hold(value)
@@ -95,7 +95,7 @@ class FuseMaps(Pass):
         return fx.GraphModule(holder, graph)
 
 
-def _inline(graph: fx.Graph, function: fx.GraphModule, x: fx.Node, hold: object) -> fx.Node:
+def inlined(graph: fx.Graph, function: fx.GraphModule, x: fx.Node, hold: object) -> fx.Node:
     """Copy the graph of `function` applied to x."""
     copied: dict[fx.Node, fx.Node] = {}
     for node in function.graph.nodes:

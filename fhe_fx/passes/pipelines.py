@@ -6,6 +6,7 @@ from fhe_fx.passes.allot_bits import AllotBits
 from fhe_fx.passes.assign_scales import AssignScales
 from fhe_fx.passes.base import Pipeline
 from fhe_fx.passes.calibrate import Calibrate
+from fhe_fx.passes.centre_sums import CentreSums
 from fhe_fx.passes.choose_bases import ChooseBases
 from fhe_fx.passes.choose_ranges import ChooseRanges
 from fhe_fx.passes.distribute_linears import DistributeLinears
@@ -75,6 +76,8 @@ def default_pipeline() -> Pipeline:
             MergeMaps(),
             SplitInputs(),
             UntieScales(),
+            Calibrate(),
+            CentreSums(),
             Calibrate(),
             AllotBits(),
             ChooseRanges(),
