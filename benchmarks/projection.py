@@ -337,9 +337,7 @@ def _assumptions(found: Row) -> list[str]:
             "- Parts are lowered one by one, each with inputs as a client encrypts them. In "
             "one circuit "
             "the look-ups between them read the noise of those before, and deep accumulators are "
-            "wider; each part's results are read once more to be rounded, which is counted "
-            "where the "
-            "part's own circuit does it."
+            "wider."
         ),
         (
             "- Complexity is predicted from the optimizer's price of a look-up; what "
