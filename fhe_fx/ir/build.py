@@ -21,7 +21,7 @@ from fhe_fx.ir.ops import (
     TAKE_PAIRS,
 )
 
-__all__ = ["PROVENANCE", "Builder", "compact", "elementwise"]
+__all__ = ["PROVENANCE", "Builder", "compact", "composed", "elementwise", "hold", "inline"]
 
 PROVENANCE = ("module_path", "source", "made_by")
 """Keys of `node.meta` that say where a node comes from."""
@@ -49,6 +49,40 @@ def elementwise(*steps: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> fx.Graph
         value = graph.call_function(target, (value, *rest), kwargs)
     graph.output(value)
     return fx.GraphModule(root, graph)
+
+
+def hold(holder: torch.nn.Module, graph: fx.Graph, value: Tensor) -> fx.Node:
+    """Emit a reference to a tensor, kept in the module of a function as a buffer."""
+    name = f"c{sum(1 for _ in holder.buffers())}"
+    holder.register_buffer(name, value.clone())
+    return graph.get_attr(name)
+
+
+def inline(
+    holder: torch.nn.Module, graph: fx.Graph, function: fx.GraphModule, x: fx.Node
+) -> fx.Node:
+    """Copy the graph of `function`, applied to x, into another's, and return its result."""
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in function.graph.nodes:
+        if node.op == "placeholder":
+            copied[node] = x
+        elif node.op == "get_attr":
+            copied[node] = hold(holder, graph, getattr(function, node.target))
+        elif node.op == "output":
+            return copied[node.args[0]]
+        else:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    raise AssertionError("a graph without output")
+
+
+def composed(*functions: fx.GraphModule) -> fx.GraphModule:
+    """Return the function that applies all of some functions of one tensor, the first one first."""
+    holder, graph = torch.nn.Module(), fx.Graph()
+    value = graph.placeholder("x")
+    for function in functions:
+        value = inline(holder, graph, function, value)
+    graph.output(value)
+    return fx.GraphModule(holder, graph)
 
 
 def compact(values: Tensor) -> Tensor:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.build import compact
+from fhe_fx.ir.build import compact, composed, elementwise
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
-from fhe_fx.passes.fuse_maps import inlined
 from fhe_fx.quant.classes import Classes, find_classes
 
 __all__ = ["CentreSums"]
@@ -39,7 +38,7 @@ class CentreSums(Pass):
     least_gain: float = 0.25
     """Bits by which ranges must become narrower, on average over the elements."""
     least_channels: int = 16
-    """From how many channels on: of fewer, each would be centred by few calibrated values."""
+    """From how many channels on; whether fewer, as a softmax's pairs, gain was not measured."""
 
     def run(self, program: Program) -> bool:
         """Shift every sum that gains enough, and let all of its maps read what is shifted."""
@@ -53,9 +52,10 @@ class CentreSums(Pass):
         ]
         for node, centre in gaining:
             readers = [u for u in node.users if d.is_map(u)]
+            uncentre = elementwise((aten.add.Tensor, (centre,), {}))
             shifted = program.before(readers[0], self, node).shift(node, -centre)
             for reader in readers:
-                function = _uncentred(d.map_of(reader), centre)
+                function = composed(uncentre, d.map_of(reader))
                 name = str(reader.target).rstrip("0123456789").rstrip("_")
                 program.replace(reader, program.before(reader, self).map(shifted, function, name))
         return bool(gaining)
@@ -67,35 +67,11 @@ def _centre(program: Program, classes: Classes, node: fx.Node) -> tuple[Tensor, 
     The first has the dimensions of the node, of size one but for the last.
     """
     values = program.observed[node.name].double()
-    low, high = values.amin(0), values.amax(0)
-    low, high = (end.reshape(-1, end.shape[-1]) for end in (low, high))
-    centre = compact((low.amin(0) + high.amax(0)) / 2)
-    of = classes.of[node].reshape(low.shape)
-    before = _widths(low, high, of)
-    after = _widths(low - centre, high - centre, of)
-    gain = float((before / after).log2().mean())
-    return centre.view((1,) * (values.dim() - 2) + (-1,)), gain
-
-
-def _widths(low: Tensor, high: Tensor, of: Tensor) -> Tensor:
-    """Return the width of the range of each element's class."""
-    own, column = torch.unique(of, return_inverse=True)
-    index = column.reshape(-1)
-    ends = torch.full((2, len(own)), -torch.inf, dtype=torch.float64)
-    ends[0].scatter_reduce_(0, index, -low.reshape(-1), "amax")
-    ends[1].scatter_reduce_(0, index, high.reshape(-1), "amax")
-    return ends.sum(0).clamp_min(1e-30)[column]
-
-
-def _uncentred(function: fx.GraphModule, centre: Tensor) -> fx.GraphModule:
-    """Return x -> function(x + centre)."""
-    holder, graph = torch.nn.Module(), fx.Graph()
-
-    def hold(value: Tensor) -> fx.Node:
-        name = f"c{sum(1 for _ in holder.buffers())}"
-        holder.register_buffer(name, value.clone())
-        return graph.get_attr(name)
-
-    x = graph.call_function(aten.add.Tensor, (graph.placeholder("x"), hold(centre)))
-    graph.output(inlined(graph, function, x, hold))
-    return fx.GraphModule(holder, graph)
+    channels = values.flatten(0, -2)
+    centre = compact((channels.amin(0) + channels.amax(0)) / 2)
+    centre = centre.view((1,) * (values.dim() - 2) + (-1,))
+    widths = []
+    for x in (values, values - centre):
+        low, high = classes.extremes(node, x)
+        widths.append((high - low)[classes.of[node]].clamp_min(1e-30))
+    return centre, float((widths[0] / widths[1]).log2().mean())

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fhe_fx.ir import dialect as d
+from fhe_fx.ir.build import hold, inline
 from fhe_fx.ir.ops import SCALE, SHIFT
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
@@ -71,19 +72,14 @@ class FuseMaps(Pass):
         holder, graph = torch.nn.Module(), fx.Graph()
         done = {root: graph.placeholder("x")}
 
-        def hold(value: Tensor) -> fx.Node:
-            name = f"c{sum(1 for _ in holder.buffers())}"
-            holder.register_buffer(name, value.clone())
-            return graph.get_attr(name)
-
         def emit(node: fx.Node) -> fx.Node:
             if node in done:
                 return done[node]
             if d.is_map(node):
-                done[node] = inlined(graph, d.map_of(node), emit(d.input_node(node)), hold)
+                done[node] = inline(holder, graph, d.map_of(node), emit(d.input_node(node)))
             elif d.is_call(node, SCALE, SHIFT):
                 value = d.constant(d.input_node(node, 1))
-                operand = value.item() if value.numel() == 1 else hold(value)
+                operand = value.item() if value.numel() == 1 else hold(holder, graph, value)
                 x = emit(d.input_node(node))
                 done[node] = graph.call_function(_BINARY[node.target], (x, operand))  # type: ignore[index]
             else:
@@ -93,21 +89,6 @@ class FuseMaps(Pass):
 
         graph.output(emit(head))
         return fx.GraphModule(holder, graph)
-
-
-def inlined(graph: fx.Graph, function: fx.GraphModule, x: fx.Node, hold: object) -> fx.Node:
-    """Copy the graph of `function` applied to x."""
-    copied: dict[fx.Node, fx.Node] = {}
-    for node in function.graph.nodes:
-        if node.op == "placeholder":
-            copied[node] = x
-        elif node.op == "get_attr":
-            copied[node] = hold(getattr(function, node.target))  # type: ignore[operator]
-        elif node.op == "output":
-            return copied[node.args[0]]
-        else:
-            copied[node] = graph.node_copy(node, copied.__getitem__)
-    raise AssertionError("a graph without output")
 
 
 def _hint(node: fx.Node, roots: dict[fx.Node, fx.Node]) -> str:

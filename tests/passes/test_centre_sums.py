@@ -28,9 +28,9 @@ def _spread_centres(x: Tensor) -> Tensor:
     return (x + row * RAMP - 2.0 * RAMP).square()
 
 
-def _run(before: CentreSums | None, samples: list[tuple[Tensor, ...]]) -> Program:
+def _run(centring: CentreSums | None, samples: list[tuple[Tensor, ...]]) -> Program:
     program = program_from(_spread_centres, samples, n_bits=6, p_error=0.05)
-    passes = [before if isinstance(p, CentreSums) else p for p in default_pipeline()]
+    passes = [centring if isinstance(p, CentreSums) else p for p in default_pipeline()]
     Pipeline(tuple(p for p in passes if p is not None)).run(program)
     return program
 
