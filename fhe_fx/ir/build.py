@@ -192,6 +192,10 @@ class Builder:
             return parts[0]
         return self.call(d.CAT, list(parts), dim % len(d.shape_of(parts[0])))
 
+    def zeros(self, x: fx.Node, dim: int, n: int) -> fx.Node:
+        """Make n encrypted zeros along `dim`, for `cat`; elsewhere the shape is that of x."""
+        return self.scale(self.index_select(x, dim, torch.zeros(n, dtype=torch.int64)), 0.0)
+
     def take_pairs(self, x: fx.Node, rows: Tensor, columns: Tensor) -> fx.Node:
         """Gather pairs of the last two dimensions into one."""
         return self.call(TAKE_PAIRS, x, self.constant(rows), self.constant(columns))

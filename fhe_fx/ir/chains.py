@@ -22,6 +22,8 @@ _MIXED = -1
 """Instead of a row's number: the element depends on several rows."""
 _NONE = -2
 """Instead of a row's number: the element depends on none."""
+_NO_WEIGHT = 1e-9
+"""Part of the largest weight that is float rounding."""
 MAX_WEIGHTS = 1 << 26
 """No larger product is composed: rows with weights of their own take memory."""
 
@@ -125,6 +127,48 @@ class AffineChain:
             return shaped
         return b.shift(shaped, compact(offset.view(shape)))
 
+    def reason_against_flat_product(self) -> str | None:
+        """Say why the chain is not one clear-weight product of all rows together, or None."""
+        if len(self.sources) != 1:
+            return f"it is made of {len(self.sources)} tensors"
+        n_weights = math.prod(d.shape_of(self.sources[0])) * math.prod(d.shape_of(self.nodes[-1]))
+        if n_weights > MAX_WEIGHTS:
+            return f"the composed weights would be {n_weights:,} numbers"
+        return None
+
+    def as_flat_product(self, b: Builder, *, shifts: bool = True) -> fx.Node:
+        """Write a chain that mixes rows as clear-weight products of all rows that are read.
+
+        Elements that depend on the same rows are made together: behind a causal attention, those of
+        one position by a product of the positions up to it. Where other rows are weighed alike, as
+        the heads of each position are, one product makes them all.
+
+        Args:
+            b: writes it.
+            shifts: add the constants of the chain, too.
+        """
+        source, shape = self.sources[0], d.shape_of(self.nodes[-1])
+        weight, offset = self._coefficients_of_rows()
+        n_rows, n_channels, _ = weight.shape
+        rows = b.view(source, (n_rows, n_channels))
+        parts: list[fx.Node] = []
+        places: list[Tensor] = []
+        for alike, matrix in _patterns(weight):
+            read = torch.cat([r for r, _ in alike])
+            x = b.view(b.index_select(rows, 0, read), (len(alike), len(matrix)))
+            parts.append(b.view(b.linear(x, matrix), (-1,)))
+            places += [elements for _, elements in alike]
+        if sum(map(len, places)) < offset.numel():  # the others are constant
+            made = torch.cat(places)
+            others = torch.ones(offset.numel(), dtype=torch.bool).index_fill(0, made, False)
+            places.append(others.nonzero().flatten())
+            parts.append(b.zeros(parts[0], 0, len(places[-1])))
+        product = b.index_select(b.cat(parts, 0), 0, torch.argsort(torch.cat(places)))
+        shaped = b.view(product, shape)
+        if not shifts or bool((offset == 0).all()):
+            return shaped
+        return b.shift(shaped, compact(offset.view(shape)))
+
     def _is_weighted(self) -> bool:
         """Say whether every way from a source leads through a clear-weight product."""
         inside = set(self.nodes)
@@ -155,6 +199,31 @@ class AffineChain:
         A weight is what an element gains when channel k of its row grows by one. Rows do not mix,
         so channel k of all rows may grow together.
         """
+        shape = d.shape_of(self.sources[0])
+        unit = torch.eye(shape[-1], dtype=torch.float64)
+        inputs = torch.cat([torch.zeros(1, shape[-1], dtype=torch.float64), unit])
+        inputs = inputs.view(-1, *(1,) * (len(shape) - 1), shape[-1]).expand(-1, *shape)
+        values = self._values(inputs)
+        return values[1:] - values[0], values[0]
+
+    def _coefficients_of_rows(self) -> tuple[Tensor, Tensor]:
+        """Return weights `[rows, K, numel]`, float32, and constants `[numel]`, float64.
+
+        A weight is what an element gains when one channel of one row grows by one.
+        """
+        shape = d.shape_of(self.sources[0])
+        n_rows, n_channels = math.prod(shape[:-1]), shape[-1]
+        offset = self._values(torch.zeros(1, *shape, dtype=torch.float64))[0]
+        unit = torch.eye(n_channels, dtype=torch.float64)
+        weights = []
+        for row in range(n_rows):
+            inputs = torch.zeros(n_channels, n_rows, n_channels, dtype=torch.float64)
+            inputs[:, row] = unit
+            weights.append((self._values(inputs.view(-1, *shape)) - offset).float())
+        return torch.stack(weights), offset
+
+    def _values(self, inputs: Tensor) -> Tensor:
+        """Run the chain on values `[n, *shape]` of its only source: `[n, numel]`, float64."""
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {self.sources[0]: graph.placeholder("x")}
         copies |= {n: graph.placeholder(f"zero_{i}") for i, n in enumerate(self.zeros)}
@@ -170,17 +239,40 @@ class AffineChain:
             copies[node] = graph.node_copy(node, copied)
         graph.output(copies[self.nodes[-1]])
         module = fx.GraphModule(d.owner(self.nodes[-1]), graph).double()
-        shape = d.shape_of(self.sources[0])
-        unit = torch.eye(shape[-1], dtype=torch.float64)
-        inputs = torch.cat([torch.zeros(1, shape[-1], dtype=torch.float64), unit])
-        inputs = inputs.view(-1, *(1,) * (len(shape) - 1), shape[-1]).expand(-1, *shape)
         with torch.no_grad():
             zeros = [
                 torch.zeros((), dtype=torch.float64).expand(len(inputs), *d.shape_of(n))
                 for n in self.zeros
             ]
             values: Tensor = _AlikeRows(module).run(inputs, *zeros).flatten(1)
-        return values[1:] - values[0], values[0]
+        return values
+
+
+def _patterns(weight: Tensor) -> list[tuple[list[tuple[Tensor, Tensor]], Tensor]]:
+    """Group the elements by the rows that they depend on, and these groups by their weights.
+
+    Args:
+        weight: `[rows, K, numel]`.
+
+    Returns:
+        For each distinct matrix `[rows read * K, n]`, the rows and the `n` elements of every group
+        that it makes. Elements that depend on no row are in none.
+    """
+    is_read = (weight.abs().amax(1) > _NO_WEIGHT * weight.abs().max()).mT
+    patterns, pattern_of = torch.unique(is_read, dim=0, return_inverse=True)
+    found: list[tuple[list[tuple[Tensor, Tensor]], Tensor]] = []
+    for number, pattern in enumerate(patterns):
+        read, elements = (t.nonzero().flatten() for t in (pattern, pattern_of == number))
+        if not len(read):
+            continue
+        matrix = weight[read][..., elements].flatten(0, 1)
+        for alike, known in found:
+            if known.shape == matrix.shape and torch.allclose(known, matrix, rtol=1e-5, atol=1e-7):
+                alike.append((read, elements))
+                break
+        else:
+            found.append(([(read, elements)], matrix))
+    return found
 
 
 class _AlikeRows(BatchInterpreter):

@@ -49,6 +49,9 @@ class Program:
     """Value of every float node on the samples, `[n_samples, *shape]`, by node name."""
     properties: set[str] = field(default_factory=lambda: {"captured"})
     """Facts that passes have established: see `passes.base`."""
+    left_out: float = 0.0
+    """Mean squared error of the results that passes made by leaving something out, in parts of the
+    results' variance, on the samples. A `max_error` is what is allowed with it."""
     notes: list[Note] = field(default_factory=list)
     """Rewrites that were declined, with the reason."""
     sources: dict[str, int] = field(default_factory=dict)

@@ -58,6 +58,8 @@ fiftieth larger."""
 _WORTH_MORE = 1.1
 """By what factor a default budget's cost may rise for less error than it allows. A little takes the
 misreadings of a polynomial size down to what it can do; the next size costs twice as much."""
+_LEAST = 0.25
+"""Part of the squared error allowed that look-ups may make at least, whatever was left out."""
 _AS_CHEAP = 1.03
 """Costs are told apart beyond this factor: the table is as exact."""
 
@@ -155,7 +157,7 @@ class AllotBits(Pass):
         The sum of several answers has the noise of as many; where that is dearer, fewer are better.
         Larger weights inside pass on more noise, too.
         """
-        budget = _Budget.of(program.options, [*free, *fixed], self.part_of_rounding, self.exchange)
+        budget = _Budget.of(program, [*free, *fixed], self.part_of_rounding, self.exchange)
         found: list[tuple[tuple[bool, float, float], _Allotment]] = []
         exchanges = [self.exchange, self.exchange]
         if not budget.is_default:
@@ -483,12 +485,14 @@ class _Budget:
 
     @staticmethod
     def of(
-        options: Options, groups: Sequence[_Group], part_of_rounding: float, exchange: float
+        program: Program, groups: Sequence[_Group], part_of_rounding: float, exchange: float
     ) -> _Budget:
+        options = program.options
         if options.max_cost is not None:
             return _Budget(None, options.max_cost, exchange)
         if options.max_error is not None:
-            return _Budget((_KEPT_TO * options.max_error) ** 2, None, exchange)
+            whole = (_KEPT_TO * options.max_error) ** 2
+            return _Budget(max(whole - program.left_out, _LEAST * whole), None, exchange)
         exact = part_of_rounding * lookup_variance(options.lookup_bits, 0.0)
         return _Budget(sum(g.response for g in groups) * exact, None, exchange, is_default=True)
 

@@ -12,10 +12,8 @@ one scale serves them all.
 
 from __future__ import annotations
 
-import bisect
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,6 +27,7 @@ from fhe_fx.ir.chains import AffineChain
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.quant.bases import Bases, find_bases
+from fhe_fx.quant.rank import first, look_ups_of_matmul, relative_error
 
 __all__ = ["ChooseBases"]
 
@@ -77,7 +76,9 @@ class ChooseBases(Pass):
             _rows(program.observed[x.name] - means.left),
             _rows(program.observed[y.name].mT - means.right.mT),
         )
-        rank = self._rank(program, node, bases, means)
+        error = self._error(program, node, bases, means)
+        rank = self._rank(program, node, error)
+        program.left_out += error(rank) ** 2
         b = program.before(node, self)
         columns = b.transpose(y, -2, -1)
         of_left, of_right = (
@@ -96,14 +97,10 @@ class ChooseBases(Pass):
             new = b.add(b.matmul(rows, b.transpose(columns, -2, -1)), new)
         program.replace(node, new)
 
-    def _rank(self, program: Program, node: fx.Node, bases: Bases, means: _Means) -> int:
-        """Return the rank of least error and cost together, of those within the tolerance."""
-        budget = program.options.max_error
-        allowed, besides = (
-            part * 2.0**-program.options.n_bits for part in (self.tolerance, self.usual_error)
-        )
-        if budget is not None:
-            allowed, besides = self.part_of_budget * budget, budget
+    def _error(
+        self, program: Program, node: fx.Node, bases: Bases, means: _Means
+    ) -> Callable[[int], float]:
+        """Return a function from ranks to the error of the results, in parts of their deviation."""
         exact = [program.observed[n.name] for n in program.results]
         inputs = program.stacked(program.samples)
 
@@ -113,36 +110,34 @@ class ChooseBases(Pass):
             projector = (left @ right.mT).float()
             with torch.no_grad():
                 found = _Projected(program.module, node, projector, means).run(*inputs)
-            return _relative_error(exact, found)
+            return relative_error(exact, found)
 
+        return error
+
+    def _rank(self, program: Program, node: fx.Node, error: Callable[[int], float]) -> int:
+        """Return the rank of least error and cost together, of those within the tolerance."""
+        budget = program.options.max_error
+        allowed, besides = (
+            part * 2.0**-program.options.n_bits for part in (self.tolerance, self.usual_error)
+        )
+        if budget is not None:
+            allowed, besides = self.part_of_budget * budget, budget
         channels: int = d.shape_of(node.args[0])[-1]  # type: ignore[arg-type]
         # All of them always do: what is left then is float rounding.
-        least = _first(range(channels + 1), lambda r: r == channels or error(r) <= allowed)
+        least = first(range(channels + 1), lambda r: r == channels or error(r) <= allowed)
         if not self.exchange:
             return least
-        others = sum(_look_ups(n) for n in program.calls(d.MATMUL) if n is not node)
-        each = _look_ups(node) / channels
+        others = sum(look_ups_of_matmul(n) for n in program.calls(d.MATMUL) if n is not node)
+        each = look_ups_of_matmul(node) / channels
 
         def price(rank: int) -> float:
             cost: float = (others + rank * each) ** self.exchange
             return (besides**2 + error(rank) ** 2) * cost
 
         # It falls to its minimum and rises from there: errors fall faster where they are large.
-        return _first(
+        return first(
             range(least, channels + 1), lambda r: r == channels or price(r + 1) >= price(r)
         )
-
-
-def _first(numbers: range, holds: Callable[[int], bool]) -> int:
-    """Return the first number for which something holds that holds for all that follow it."""
-    return numbers[bisect.bisect_left(numbers, True, key=holds)]
-
-
-def _look_ups(node: fx.Node) -> int:
-    """Return the look-ups of a product of two matrices: of pairs, and of both operands' squares."""
-    *lead, rows, channels = d.shape_of(node.args[0])  # type: ignore[arg-type]
-    columns = d.shape_of(node)[-1]
-    return math.prod(lead) * channels * (rows * columns + rows + columns)
 
 
 @dataclass(frozen=True)
@@ -179,12 +174,3 @@ class _Projected(BatchInterpreter):
 def _rows(values: Tensor) -> Tensor:
     """Turn values `[n_samples, *lead, R, K]` of R rows into `[n_samples * R, *lead, K]`."""
     return values.movedim(-2, 0).flatten(0, 1)
-
-
-def _relative_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Return the greatest rms error of a result, in parts of its deviation."""
-    errors = [
-        float((e - f).double().square().mean().sqrt() / e.double().std().clamp_min(1e-12))
-        for e, f in zip(exact, found, strict=True)
-    ]
-    return max(errors)

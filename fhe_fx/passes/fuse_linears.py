@@ -3,18 +3,22 @@
 Exact to float rounding. Weights on top of weights multiply widths and noise, and a long sum is read
 through a look-up before it is weighted again; one product with composed weights is free. What lies
 between may depend on the position, as a rotary embedding does: then every row has its own weights.
+It may mix rows, too, as the mean weights of an attention do: then a product is of several rows.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
 from fhe_fx.ir import dialect as d
+from fhe_fx.ir.build import Builder
 from fhe_fx.ir.chains import AffineChain
 from fhe_fx.ir.ops import LINEAR
+from fhe_fx.ir.parts import without_others
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
 
@@ -33,6 +37,8 @@ class FuseLinears(Pass):
     def run(self, program: Program) -> bool:
         """Compose at the last node of each chain."""
         changed = False
+        for node in program.calls(LINEAR):
+            changed |= self._split(program, node)
         for node in list(program.encrypted()):
             if not _is_last(node):
                 continue
@@ -46,6 +52,45 @@ class FuseLinears(Pass):
             changed = True
         program.clean()
         return changed
+
+    def _split(self, program: Program, node: fx.Node) -> bool:
+        """Write a product of several tensors as a sum, where some of them are weighted before."""
+        chain = AffineChain.of(node)
+        parts = [
+            chain.of_source(s) for s in chain.sources if _is_weighted_before(chain, s)
+        ]  # fmt: skip
+        if len(chain.sources) == 1 or not parts:
+            return False
+        if reason := next(filter(None, (p.reason_against_flat_product() for p in parts)), None):
+            program.note(self, node, reason)
+            return False
+        b = program.before(node, self)
+        written = [_as_product(p, b, shifts=p is parts[0]) for p in parts]
+        composed = {p.sources[0] for p in parts}
+        rest = without_others(b, node, [s for s in chain.sources if s not in composed])
+        program.replace(
+            node, functools.reduce(b.add, written if rest is None else [*written, rest])
+        )
+        return True
+
+
+def _as_product(chain: AffineChain, b: Builder, *, shifts: bool) -> fx.Node:
+    """Write a chain as a product of each row, or of several where it mixes rows."""
+    if chain.reason_against_one_product() is None:
+        return chain.as_one_product(b, shifts=shifts)
+    return chain.as_flat_product(b, shifts=shifts)
+
+
+def _is_weighted_before(chain: AffineChain, source: fx.Node) -> bool:
+    """Say whether a source comes through another product to that at the end of a chain."""
+    last = chain.nodes[-1]
+    reached = {source}
+    for node in chain.nodes:
+        if not reached.isdisjoint(d.operands(node)):
+            reached.add(node)
+            if d.is_call(node, LINEAR) and node is not last:
+                return True
+    return False
 
 
 def _is_last(node: fx.Node) -> bool:

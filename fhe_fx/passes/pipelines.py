@@ -24,6 +24,7 @@ from fhe_fx.passes.lower_to_integers import LowerToIntegers
 from fhe_fx.passes.merge_maps import MergeMaps
 from fhe_fx.passes.normalize import Normalize
 from fhe_fx.passes.products_to_squares import ProductsToSquares
+from fhe_fx.passes.reduce_channels import ReduceChannels
 from fhe_fx.passes.sink_pairs import SinkPairs
 from fhe_fx.passes.sink_selections import SinkSelections
 from fhe_fx.passes.split_inputs import SplitInputs
@@ -45,6 +46,8 @@ def default_pipeline() -> Pipeline:
             SinkSelections(),
             FoldScales(may_copy=False),
             # Few channels wherever two encrypted matrices meet.
+            Calibrate(),
+            ReduceChannels(),
             Calibrate(),
             ChooseBases(),
             FuseLinears(),

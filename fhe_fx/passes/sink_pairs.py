@@ -94,7 +94,7 @@ def _put(b: Builder, node: fx.Node) -> fx.Node:
     source = torch.full((n_rows * n_columns,), n)
     source[pairs.rows * n_columns + pairs.columns] = torch.arange(n)
     if n < n_rows * n_columns:
-        x = b.cat([x, b.scale(b.index_select(x, -1, torch.tensor([0])), 0.0)], -1)
+        x = b.cat([x, b.zeros(x, -1, 1)], -1)
     return b.view(b.index_select(x, -1, source), (*lead, n_rows, n_columns))
 
 

@@ -9,12 +9,13 @@ matrix has a constant diagonal in some orthonormal basis (Schur and Horn).
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Bases", "find_bases"]
+__all__ = ["Bases", "bases_of", "find_bases"]
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,24 @@ def find_bases(left: Tensor, right: Tensor) -> Bases:
         left: values of the left operand, `[n_values, *lead, K]`.
         right: values of the right operand's transpose, likewise; the leading dimensions are equal.
     """
-    root_left, root_right = _root(_moment(left)), _root(_moment(right))
+    return dataclasses.replace(
+        bases_of(_moment(left), _moment(right)),
+        left_spread=_moment(left - left.mean(0)),
+        right_spread=_moment(right - right.mean(0)),
+    )
+
+
+def bases_of(left: Tensor, right: Tensor) -> Bases:
+    """Find the bases for operands with these mean outer products, `[*lead, K, K]`, float64."""
+    root_left, root_right = _root(left), _root(right)
     u, s, vh = torch.linalg.svd(root_left @ root_right)
     size = s.clamp_min(1e-12 * float(s.max()) + 1e-30).rsqrt()
     # x A = x L^-1 U S^1/2, where x L^-1 is white; then A B^T = L^-1 U S V^T R^-1 = 1.
     return Bases(
         root_right @ vh.mT * size.unsqueeze(-2),
         root_left @ u * size.unsqueeze(-2),
-        _moment(left - left.mean(0)),
-        _moment(right - right.mean(0)),
+        left,
+        right,
     )
 
 

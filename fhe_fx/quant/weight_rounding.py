@@ -7,6 +7,8 @@ Accurate quantization for generative pre-trained transformers", section 3).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ __all__ = ["expected_error", "round_weights", "rows_of"]
 
 _BLOCK = 64
 """Weights that are rounded one by one before the others hear of it: memory is read less often."""
+_MOST = 1024
+"""Weights of one sum that make up for each other, at most: the effort grows with their cube."""
 _LEAST_DRAWN = 1e-3
 """Part by which correlations are drawn towards zero at least: the estimate has to be invertible."""
 
@@ -29,6 +33,9 @@ def round_weights(weight: Tensor, deviations: Tensor) -> Tensor:
         Whole numbers, int64, of the shape of `weight`.
     """
     n_in = weight.shape[-2]
+    if n_in > _MOST:
+        parts = zip(_parts(weight, -2), _parts(deviations, -1), strict=True)
+        return torch.cat([round_weights(*part) for part in parts], -2)
     order, passed_on = _decomposed(deviations)
     rows = order.unsqueeze(-1).expand_as(weight)
     passed_on = passed_on / passed_on.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
@@ -54,8 +61,17 @@ def expected_error(deviations: Tensor) -> Tensor:
     Args:
         deviations: what is multiplied, less its mean, `[n_values, *batch, n_in]`.
     """
+    if deviations.shape[-1] > _MOST:
+        return torch.stack([expected_error(part) for part in _parts(deviations, -1)]).sum(0)
     _, passed_on = _decomposed(deviations)
     return passed_on.diagonal(dim1=-2, dim2=-1).square().reciprocal().sum(-1) / 12
+
+
+def _parts(values: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """Split what one sum multiplies evenly, into as few parts as may be."""
+    size = values.shape[dim]
+    parts: tuple[Tensor, ...] = values.split(math.ceil(size / math.ceil(size / _MOST)), dim)
+    return parts
 
 
 def _decomposed(deviations: Tensor) -> tuple[Tensor, Tensor]:
