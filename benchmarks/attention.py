@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py             # one head at 6 tokens, all heads at 6 and 8
     python benchmarks/attention.py --execute   # besides, one head is run once with keys
+    python benchmarks/attention.py --decoder   # the first attention of SmolLM2-135M instead
 
 Look-ups and complexity are exact and do not depend on the machine; seconds and memory do.
 """
@@ -16,6 +17,7 @@ import torch
 from measure import cost_row, fresh_inputs, peak_gigabytes, random_gpt2, region_of
 
 import fhe_fx
+from fhe_fx.export.models import load_model
 from fhe_fx.report.machine import machine_name
 
 PUBLISHED = {
@@ -29,22 +31,36 @@ PUBLISHED = {
 def main() -> None:
     """Print one JSON object a line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--decoder", action="store_true", help="trained weights: 9 heads of 64")
+    parser.add_argument("--max-error", type=float, help="instead of what --n-bits stands for")
     parser.add_argument("--execute", action="store_true", help="run one head with keys")
     parser.add_argument("--n-bits", type=int, default=4)
     parser.add_argument("--result-bits", type=int, default=fhe_fx.Options.result_bits)
     choices = parser.parse_args()
-    model = random_gpt2()
-    print(json.dumps({"machine": machine_name(), "n_bits": choices.n_bits}))
+    decoder = load_model("smollm2").module if choices.decoder else None
+    model = random_gpt2() if decoder is None else decoder
+    target = "h.0.attn" if decoder is None else "model.layers.0.self_attn"
+    every_head = "12 heads" if decoder is None else "9 heads"
+    print(
+        json.dumps(
+            {
+                "machine": machine_name(), "part": target,
+                "n_bits": choices.n_bits, "max_error": choices.max_error,
+            }
+        )
+    )  # fmt: skip
+    options = fhe_fx.Options(
+        n_bits=choices.n_bits, max_error=choices.max_error, result_bits=choices.result_bits
+    )
     for label, heads, tokens in (
         ("one head", [0], 6),
-        ("12 heads", None, 6),
-        ("12 heads", None, 8),
+        (every_head, None, 6),
+        (every_head, None, 8),
     ):
         start = time.perf_counter()
         encrypted = fhe_fx.encrypt_submodule(
-            model, "h.0.attn", n_bits=choices.n_bits, heads=heads, max_tokens=tokens,
-            options=fhe_fx.Options(result_bits=choices.result_bits),
-        )  # fmt: skip
+            model, target, heads=heads, max_tokens=tokens, options=options
+        )
         lowered = time.perf_counter() - start
         cost = fhe_fx.compile(encrypted, verbose=False).regions[0]
         row = {
