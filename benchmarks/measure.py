@@ -58,7 +58,8 @@ def fresh_inputs(encrypted: nn.Module, n: int, tokens: int) -> Tensor:
     calls = sample_from_model(encrypted, tokens, fhe_fx.Options(n_samples=n, seed=1))
     found: list[Tensor] = []
     hook = encrypted_modules(encrypted)[0].register_forward_pre_hook(
-        lambda _, args: found.append(args[0].detach())
+        lambda _, args, given: found.append(next(iter((*args, *given.values()))).detach()),
+        with_kwargs=True,
     )
     with torch.no_grad():
         for call in calls:
