@@ -50,7 +50,7 @@ class ReduceChannels(Pass):
     breaks: ClassVar[frozenset[str]] = frozenset({"calibrated"})
     is_exact: ClassVar[bool] = False
 
-    usual_error: float = 0.8
+    usual_error: float = 0.6
     """Error of the results that is taken to be allowed in all where the options give no
     `max_error`, in parts of 2**-n_bits of their deviation."""
     most: float = 0.5

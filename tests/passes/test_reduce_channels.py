@@ -115,11 +115,11 @@ def test_heads_that_matter_less_keep_fewer_channels() -> None:
     module = _Attention(0.5)
     with torch.no_grad():
         module.out.weight[:, CHANNELS:] /= 3  # what reads the second head
-    program = _program(module, ReduceChannels())
+    program = _program(module, ReduceChannels(usual_error=0.8))
     first, second = (d.shape_of(n) for n in program.calls(d.MATMUL))
     assert first[1] == second[1] == 1
     assert first[-1] > second[-1]
-    one_group = _program(module, ReduceChannels(n_groups=1))
+    one_group = _program(module, ReduceChannels(usual_error=0.8, n_groups=1))
     assert _kept(program) < _kept(one_group)
 
 
