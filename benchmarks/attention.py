@@ -68,7 +68,7 @@ def main() -> None:
             "part": label, "tokens": tokens, **cost_row(cost),
             "lower_seconds": round(lowered, 1), "peak_gigabytes": peak_gigabytes(),
         }  # fmt: skip
-        if (label, tokens) in PUBLISHED and cost.complexity:
+        if decoder is None and (label, tokens) in PUBLISHED and cost.complexity:
             look_ups, complexity = PUBLISHED[label, tokens]
             row["published_look_ups"], row["published_complexity"] = look_ups, complexity
             row["complexity_ratio"] = round(complexity / cost.complexity, 1)
