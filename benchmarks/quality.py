@@ -83,7 +83,6 @@ def ablations() -> dict[str, tuple[fhe_fx.Options, Pipeline | None]]:
         "several readings": (usual, without("allot-bits", most_readings=1)),
         "channels by what they save": (usual, without("choose-bases", exchange=0.0)),
         "few channels of values": (usual, default_pipeline().drop("reduce-channels")),
-        "as many in every head": (usual, without("reduce-channels", n_groups=1)),
         "inputs of 12 bits (8)": (dataclasses.replace(usual, input_bits=8), None),
         "weights rounded for their sums": (
             usual, without("lower-to-integers", corrects_sums=False),

@@ -253,6 +253,19 @@ def _keep_constants(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.shape, ctx.constants = inputs[0].shape, inputs[1:]
 
 
+def _keep_softmax(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.live, ctx.is_log, ctx.found = inputs[1], inputs[2], output
+
+
+def _softmax_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    grad = torch.where(ctx.live, grad, 0.0)
+    if ctx.is_log:
+        p = torch.where(ctx.live, ctx.found.exp(), 0.0)
+        return grad - p * grad.sum(-1, keepdim=True), None, None
+    p = ctx.found
+    return p * (grad - (p * grad).sum(-1, keepdim=True)), None, None
+
+
 def _scale_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return grad * ctx.constants[0], None
 
@@ -281,6 +294,7 @@ def _put_pairs_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Non
 
 
 _tabulated.register_autograd(_tabulated_backward)
+_masked_softmax.register_autograd(_softmax_backward, setup_context=_keep_softmax)
 for _operator, _backward in (
     (_scale, _scale_backward),
     (_shift, _shift_backward),

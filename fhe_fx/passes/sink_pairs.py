@@ -18,7 +18,7 @@ from fhe_fx.ir import dialect as d
 from fhe_fx.ir.build import Builder
 from fhe_fx.ir.ops import PUT_PAIRS, SCALE, SHIFT, TAKE_PAIRS
 from fhe_fx.ir.program import Program
-from fhe_fx.ir.views import IndexSelect, PutPairs, TakePairs
+from fhe_fx.ir.views import PutPairs, TakePairs
 from fhe_fx.passes.base import Pass, register
 
 __all__ = ["SinkPairs"]
@@ -38,9 +38,8 @@ class SinkPairs(Pass):
         """Rewrite until no pair operator is left."""
         changed = False
         for node in program.calls(d.MATMUL):
-            b = program.before(node, self)
-            if (parts := _scattered(b, d.input_node(node))) is not None:
-                new = _sum_pairs(b, d.input_node(node, 1), *parts)
+            if (parts := _scattered(d.input_node(node))) is not None:
+                new = _sum_pairs(program.before(node, self), d.input_node(node, 1), *parts)
                 if new is None:
                     program.note(self, node, "rows with several pairs also have constant entries")
                     continue
@@ -111,12 +110,8 @@ class _Scattered:
     rows_sum_to_one: bool
 
 
-def _scattered(b: Builder, x: fx.Node) -> tuple[_Scattered] | None:
+def _scattered(x: fx.Node) -> tuple[_Scattered] | None:
     constant = None
-    heads: IndexSelect | None = None
-    if d.is_call(x, d.INDEX_SELECT) and IndexSelect.of(x).dim < len(d.shape_of(x)) - 2:
-        heads = IndexSelect.of(x)  # some matrices of several
-        x = heads.x
     is_stochastic = bool(x.meta.get("rows_sum_to_one"))
     if d.is_call(x, SHIFT):
         constant = d.constant(d.input_node(x, 1))
@@ -128,8 +123,7 @@ def _scattered(b: Builder, x: fx.Node) -> tuple[_Scattered] | None:
         constant = torch.zeros(pairs.n_rows, pairs.n_columns)
     if constant.shape != (pairs.n_rows, pairs.n_columns):
         return None
-    values = pairs.x if heads is None else b.index_select(pairs.x, heads.dim, heads.index)
-    return (_Scattered(values, pairs.rows, pairs.columns, constant, is_stochastic),)
+    return (_Scattered(pairs.x, pairs.rows, pairs.columns, constant, is_stochastic),)
 
 
 def _sum_pairs(b: Builder, v: fx.Node, m: _Scattered) -> fx.Node | None:

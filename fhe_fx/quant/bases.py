@@ -31,16 +31,6 @@ class Bases:
     right_spread: Tensor
     """Likewise."""
 
-    @property
-    def strength(self) -> Tensor:
-        """How much of the expected square each direction makes, `[*lead, K]`, greatest first."""
-        made = (
-            m.mT @ spread @ m
-            for m, spread in ((self.left, self.left_spread), (self.right, self.right_spread))
-        )
-        left, right = (m.diagonal(dim1=-2, dim2=-1) for m in made)
-        return left * right
-
     def kept(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return the first `rank` directions of both, `[*lead, K, rank]`."""
         return self.left[..., :rank], self.right[..., :rank]

@@ -86,6 +86,9 @@ def test_shapes_are_known_without_values(
         (ops.LINEAR, (_seeded(3, 2, 4, 5).double(),)),
         (ops.TAKE_PAIRS, (torch.tensor([0, 1, 1]), torch.tensor([2, 0, 0]))),
         (ops.PUT_PAIRS, (torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 2, 2]), 2, 3)),
+        (ops.MASKED_SOFTMAX, (torch.tensor([True, False, True, True]), False)),
+        (ops.MASKED_SOFTMAX, (torch.tensor([True, False, True, True]), True)),
+        (ops.MASKED_SOFTMAX, (torch.zeros(4, dtype=torch.bool), False)),
     ],
     ids=str,
 )
