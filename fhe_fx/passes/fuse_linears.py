@@ -54,12 +54,12 @@ class FuseLinears(Pass):
         return changed
 
     def _split(self, program: Program, node: fx.Node) -> bool:
-        """Write a product of several tensors as a sum, where some of them are weighted before."""
+        """Write a product of several tensors, or rows, that are weighted before as a sum of own."""
         chain = AffineChain.of(node)
         parts = [
             chain.of_source(s) for s in chain.sources if _is_weighted_before(chain, s)
         ]  # fmt: skip
-        if len(chain.sources) == 1 or not parts:
+        if not parts or chain.reason_against_one_product() is None:
             return False
         if reason := next(filter(None, (p.reason_against_flat_product() for p in parts)), None):
             program.note(self, node, reason)

@@ -79,14 +79,12 @@ class ReduceChannels(Pass):
             return False
         program.left_out += error(rank) ** 2
         b = program.before(node, self)
-        new = []
-        if rank:
-            left, right = (m.float() for m in bases.equalized(rank, program.options.seed))
-            new = [b.linear(b.matmul(x, b.linear(y, left)), right.mT)]
+        left, right = (m.float() for m in bases.equalized(rank, program.options.seed))
+        new = b.linear(b.matmul(x, b.linear(y, left)), right.mT)
         left, right = bases.kept(rank)
         lost = (torch.eye(channels, dtype=torch.float64) - left @ right.mT).float()
         rows = b.linear(b.transpose(b.linear(y, lost), -2, -1), mean.mT)
-        program.replace(node, functools.reduce(b.add, [*new, b.transpose(rows, -2, -1)]))
+        program.replace(node, b.add(new, b.transpose(rows, -2, -1)))
         return True
 
     def _rank(self, program: Program, node: fx.Node, error: Callable[[int], float]) -> int:
@@ -106,7 +104,8 @@ class ReduceChannels(Pass):
             cost: float = others + rank * each
             return cost * math.pow(1.0 - spent / variance, -1.0 / self.exchange)
 
-        least = first(range(channels + 1), lambda r: price(r) < math.inf)
+        # One at least: what calibration has not seen finds a way, too.
+        least = first(range(1, channels + 1), lambda r: price(r) < math.inf)
         # It falls to its minimum and rises from there: errors fall faster where they are large.
         return first(
             range(least, channels + 1), lambda r: r == channels or price(r + 1) >= price(r)

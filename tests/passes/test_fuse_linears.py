@@ -52,6 +52,27 @@ class _Mixed(_Layers):
         return result.tanh()
 
 
+class _Heads(_Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.view(3, 2, 2).transpose(0, 1)  # [heads, positions, channels]
+        mixed = (heads @ self.first.weight[:, :2].T).transpose(0, 1).reshape(1, 3, 4)
+        result: Tensor = self.second(mixed[..., :2] + mixed[..., 2:]).tanh()
+        return result
+
+
+class _Beside(_Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.second(self.first(x) + x[..., :2].exp()).tanh()
+        return result
+
+
+class _Causal(_Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        mean = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]])
+        result: Tensor = self.second(mean @ self.first(x)).tanh()
+        return result
+
+
 def _fused(module: nn.Module) -> Program:
     program = program_from(module, SAMPLES)
     Pipeline((Normalize(),)).run(program)
@@ -81,10 +102,30 @@ def test_a_residual_is_not_pressed_into_weights() -> None:
     assert [n.reason for n in program.notes] == ["part of it is not multiplied by clear weights"]
 
 
-def test_a_sum_over_rows_stays() -> None:
+def test_a_sum_over_rows_is_a_product_of_all_rows() -> None:
     program = _fused(_Mixed())
-    assert len(program.calls(LINEAR)) >= 2
-    assert "it mixes rows" in {n.reason for n in program.notes}
+    (linear,) = program.calls(LINEAR)
+    assert d.shape_of(linear.args[1]) == (3 * 4, 3 * 6)  # type: ignore[arg-type]
+
+
+def test_rows_that_are_mixed_alike_share_their_weights() -> None:
+    """What one position makes of two heads is made of each position by the same product."""
+    program = _fused(_Heads())
+    (linear,) = program.calls(LINEAR)
+    assert d.shape_of(linear) == (3, 6)
+    assert d.shape_of(linear.args[1]) == (4, 6)  # type: ignore[arg-type]
+
+
+def test_tensors_that_are_weighted_before_get_products_of_their_own() -> None:
+    program = _fused(_Beside())
+    assert [n.args[0].target for n in program.calls(LINEAR)].count(LINEAR) == 0  # type: ignore[union-attr]
+    assert len(program.calls(LINEAR)) == 2
+
+
+def test_later_positions_read_those_before_them() -> None:
+    program = _fused(_Causal())
+    rows = sorted(d.shape_of(n)[-1] // 4 for n in map(d.input_node, program.calls(LINEAR)))
+    assert rows == [1, 2, 3]
 
 
 def test_a_single_product_is_left_alone() -> None:
