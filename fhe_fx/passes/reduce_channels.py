@@ -37,6 +37,9 @@ from fhe_fx.quant.sensitivity import sensitivities
 
 __all__ = ["ReduceChannels"]
 
+_LEAST = 2
+"""Channels that are always kept. What calibration has not seen finds a way through them; and with a
+single one each weight of x would meet one value alone, and be given a scale of its own."""
 _MOVES = d.STRUCTURAL - {d.CAT, PUT_PAIRS, TAKE_PAIRS}
 
 
@@ -104,8 +107,7 @@ class ReduceChannels(Pass):
             cost: float = others + rank * each
             return cost * math.pow(1.0 - spent / variance, -1.0 / self.exchange)
 
-        # One at least: what calibration has not seen finds a way, too.
-        least = first(range(1, channels + 1), lambda r: price(r) < math.inf)
+        least = first(range(min(_LEAST, channels), channels + 1), lambda r: price(r) < math.inf)
         # It falls to its minimum and rises from there: errors fall faster where they are large.
         return first(
             range(least, channels + 1), lambda r: r == channels or price(r + 1) >= price(r)
