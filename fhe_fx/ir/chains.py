@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ _NONE = -2
 """Instead of a row's number: the element depends on none."""
 _NO_WEIGHT = 1e-9
 """Part of the largest weight that is float rounding."""
+_ALIKE = 1e-6
+"""Part of the largest weight by which float rounding tells weights apart that are the same."""
 MAX_WEIGHTS = 1 << 26
 """No larger product is composed: rows with weights of their own take memory."""
 
@@ -127,8 +130,18 @@ class AffineChain:
             return shaped
         return b.shift(shaped, compact(offset.view(shape)))
 
-    def reason_against_flat_product(self) -> str | None:
-        """Say why the chain is not one clear-weight product of all rows together, or None."""
+    def products_of(self, sources: Collection[fx.Node]) -> int:
+        """Count the clear-weight products that depend on some of the sources."""
+        reached = set(sources)
+        for node in self.nodes:
+            if not reached.isdisjoint(d.operands(node)):
+                reached.add(node)
+        return sum(d.is_call(n, LINEAR) for n in reached)
+
+    def reason_against_products(self) -> str | None:
+        """Say why the chain is not a product of each row, nor one of several; None if it is."""
+        if self.reason_against_one_product() is None:
+            return None
         if len(self.sources) != 1:
             return f"it is made of {len(self.sources)} tensors"
         n_weights = math.prod(d.shape_of(self.sources[0])) * math.prod(d.shape_of(self.nodes[-1]))
@@ -136,8 +149,8 @@ class AffineChain:
             return f"the composed weights would be {n_weights:,} numbers"
         return None
 
-    def as_flat_product(self, b: Builder, *, shifts: bool = True) -> fx.Node:
-        """Write a chain that mixes rows as clear-weight products of all rows that are read.
+    def as_products(self, b: Builder, *, shifts: bool = True) -> fx.Node:
+        """Write the chain as one product of each row, or of all rows that are read where they mix.
 
         Elements that depend on the same rows are made together: behind a causal attention, those of
         one position by a product of the positions up to it. Where other rows are weighed alike, as
@@ -147,6 +160,8 @@ class AffineChain:
             b: writes it.
             shifts: add the constants of the chain, too.
         """
+        if self.reason_against_one_product() is None:
+            return self.as_one_product(b, shifts=shifts)
         source, shape = self.sources[0], d.shape_of(self.nodes[-1])
         weight, offset = self._coefficients_of_rows()
         n_rows, n_channels, _ = weight.shape
@@ -159,10 +174,11 @@ class AffineChain:
             parts.append(b.view(b.linear(x, matrix), (-1,)))
             places += [elements for _, elements in alike]
         if sum(map(len, places)) < offset.numel():  # the others are constant
-            made = torch.cat(places)
-            others = torch.ones(offset.numel(), dtype=torch.bool).index_fill(0, made, False)
+            others = torch.ones(offset.numel(), dtype=torch.bool)
+            for elements in places:
+                others[elements] = False
             places.append(others.nonzero().flatten())
-            parts.append(b.zeros(parts[0], 0, len(places[-1])))
+            parts.append(b.zeros(b.view(source, (-1,)), 0, len(places[-1])))
         product = b.index_select(b.cat(parts, 0), 0, torch.argsort(torch.cat(places)))
         shaped = b.view(product, shape)
         if not shifts or bool((offset == 0).all()):
@@ -258,7 +274,8 @@ def _patterns(weight: Tensor) -> list[tuple[list[tuple[Tensor, Tensor]], Tensor]
         For each distinct matrix `[rows read * K, n]`, the rows and the `n` elements of every group
         that it makes. Elements that depend on no row are in none.
     """
-    is_read = (weight.abs().amax(1) > _NO_WEIGHT * weight.abs().max()).mT
+    greatest = float(weight.abs().max())
+    is_read = (weight.abs().amax(1) > _NO_WEIGHT * greatest).mT
     patterns, pattern_of = torch.unique(is_read, dim=0, return_inverse=True)
     found: list[tuple[list[tuple[Tensor, Tensor]], Tensor]] = []
     for number, pattern in enumerate(patterns):
@@ -267,7 +284,9 @@ def _patterns(weight: Tensor) -> list[tuple[list[tuple[Tensor, Tensor]], Tensor]
             continue
         matrix = weight[read][..., elements].flatten(0, 1)
         for alike, known in found:
-            if known.shape == matrix.shape and torch.allclose(known, matrix, rtol=1e-5, atol=1e-7):
+            if known.shape == matrix.shape and torch.allclose(
+                known, matrix, rtol=_ALIKE, atol=_ALIKE * greatest
+            ):
                 alike.append((read, elements))
                 break
         else:

@@ -45,6 +45,7 @@ __all__ = [
     "is_map",
     "map_of",
     "operands",
+    "readers",
     "shape_of",
 ]
 
@@ -134,6 +135,14 @@ def before_moves(node: fx.Node) -> fx.Node:
     while is_call(node, *STRUCTURAL) and not is_call(node, CAT):
         node = input_node(node)
     return node
+
+
+def readers(node: fx.Node) -> set[fx.Node]:
+    """Return what reads the elements of `node`, moved or not."""
+    found: set[fx.Node] = set()
+    for user in node.users:
+        found |= readers(user) if is_call(user, *STRUCTURAL - {CAT}) else {user}
+    return found
 
 
 def along_moves(node: fx.Node, source: fx.Node, value: Tensor) -> Tensor:

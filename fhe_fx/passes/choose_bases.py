@@ -12,12 +12,10 @@ one scale serves them all.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
@@ -26,8 +24,8 @@ from fhe_fx.ir.build import compact
 from fhe_fx.ir.chains import AffineChain
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
-from fhe_fx.quant.bases import Bases, find_bases
-from fhe_fx.quant.rank import first, look_ups_of_matmul, relative_error
+from fhe_fx.quant.bases import find_bases
+from fhe_fx.quant.rank import first, look_ups_of_matmul, rank_error
 
 __all__ = ["ChooseBases"]
 
@@ -76,7 +74,7 @@ class ChooseBases(Pass):
             _rows(program.observed[x.name] - means.left),
             _rows(program.observed[y.name].mT - means.right.mT),
         )
-        error = self._error(program, node, bases, means)
+        error = rank_error(program, bases, lambda p: _Projected(program.module, node, p, means))
         rank = self._rank(program, node, error)
         program.left_out += error(rank) ** 2
         b = program.before(node, self)
@@ -96,23 +94,6 @@ class ChooseBases(Pass):
             columns = b.linear(b.shift(columns, compact(-means.right.mT)), right)
             new = b.add(b.matmul(rows, b.transpose(columns, -2, -1)), new)
         program.replace(node, new)
-
-    def _error(
-        self, program: Program, node: fx.Node, bases: Bases, means: _Means
-    ) -> Callable[[int], float]:
-        """Return a function from ranks to the error of the results, in parts of their deviation."""
-        exact = [program.observed[n.name] for n in program.results]
-        inputs = program.stacked(program.samples)
-
-        @functools.cache
-        def error(rank: int) -> float:
-            left, right = bases.kept(rank)
-            projector = (left @ right.mT).float()
-            with torch.no_grad():
-                found = _Projected(program.module, node, projector, means).run(*inputs)
-            return relative_error(exact, found)
-
-        return error
 
     def _rank(self, program: Program, node: fx.Node, error: Callable[[int], float]) -> int:
         """Return the rank of least error and cost together, of those within the tolerance."""

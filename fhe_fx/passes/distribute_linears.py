@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx
-
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.chains import AffineChain
 from fhe_fx.ir.ops import LINEAR
@@ -38,8 +36,7 @@ class DistributeLinears(Pass):
             chain = AffineChain.of(node)
             inputs = [s for s in chain.sources if s.op == "placeholder"]
             answers = [s for s in chain.sources if s.op != "placeholder"]
-            n_inner = sum(d.is_call(n, LINEAR) for n in _between(chain, inputs)) - 1
-            if not inputs or not answers or not n_inner:
+            if not inputs or not answers or chain.products_of(inputs) == 1:
                 continue
             if len(inputs) > 1:
                 program.note(self, node, f"it multiplies {len(inputs)} inputs besides answers")
@@ -56,12 +53,3 @@ class DistributeLinears(Pass):
             changed = True
         program.clean()
         return changed
-
-
-def _between(chain: AffineChain, sources: list[fx.Node]) -> set[fx.Node]:
-    """Return the nodes of a chain that depend on some of its sources."""
-    found = set(sources)
-    for node in chain.nodes:
-        if any(n in found for n in d.operands(node)):
-            found.add(node)
-    return found - set(sources)

@@ -15,7 +15,6 @@ from typing import ClassVar
 from torch import fx
 
 from fhe_fx.ir import dialect as d
-from fhe_fx.ir.build import Builder
 from fhe_fx.ir.chains import AffineChain
 from fhe_fx.ir.ops import LINEAR
 from fhe_fx.ir.parts import without_others
@@ -54,43 +53,22 @@ class FuseLinears(Pass):
         return changed
 
     def _split(self, program: Program, node: fx.Node) -> bool:
-        """Write a product of several tensors, or rows, that are weighted before as a sum of own."""
+        """Make one product of what is multiplied by a product and by this one, beside the rest."""
         chain = AffineChain.of(node)
-        parts = [
-            chain.of_source(s) for s in chain.sources if _is_weighted_before(chain, s)
-        ]  # fmt: skip
+        parts = [chain.of_source(s) for s in chain.sources if chain.products_of([s]) > 1]
         if not parts or chain.reason_against_one_product() is None:
             return False
-        if reason := next(filter(None, (p.reason_against_flat_product() for p in parts)), None):
+        if reason := next(filter(None, (p.reason_against_products() for p in parts)), None):
             program.note(self, node, reason)
             return False
         b = program.before(node, self)
-        written = [_as_product(p, b, shifts=p is parts[0]) for p in parts]
+        written = [p.as_products(b, shifts=p is parts[0]) for p in parts]
         composed = {p.sources[0] for p in parts}
         rest = without_others(b, node, [s for s in chain.sources if s not in composed])
         program.replace(
             node, functools.reduce(b.add, written if rest is None else [*written, rest])
         )
         return True
-
-
-def _as_product(chain: AffineChain, b: Builder, *, shifts: bool) -> fx.Node:
-    """Write a chain as a product of each row, or of several where it mixes rows."""
-    if chain.reason_against_one_product() is None:
-        return chain.as_one_product(b, shifts=shifts)
-    return chain.as_flat_product(b, shifts=shifts)
-
-
-def _is_weighted_before(chain: AffineChain, source: fx.Node) -> bool:
-    """Say whether a source comes through another product to that at the end of a chain."""
-    last = chain.nodes[-1]
-    reached = {source}
-    for node in chain.nodes:
-        if not reached.isdisjoint(d.operands(node)):
-            reached.add(node)
-            if d.is_call(node, LINEAR) and node is not last:
-                return True
-    return False
 
 
 def _is_last(node: fx.Node) -> bool:

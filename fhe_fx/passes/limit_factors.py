@@ -115,16 +115,8 @@ def _factors(product: fx.Node) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
     found = []
     for argument, other in (arguments, reversed(arguments)):
         factor = d.before_moves(argument)
-        if d.is_map(factor) and _readers(factor) == {product}:
+        if d.is_map(factor) and d.readers(factor) == {product}:
             found.append((factor, argument, other))
-    return found
-
-
-def _readers(node: fx.Node) -> set[fx.Node]:
-    """Return who reads the elements of `node`, moved or not."""
-    found: set[fx.Node] = set()
-    for user in node.users:
-        found |= _readers(user) if d.is_call(user, *d.STRUCTURAL - {d.CAT}) else {user}
     return found
 
 

@@ -16,7 +16,6 @@ because both errors add up to the one that is allowed.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,11 +27,11 @@ from torch import Tensor, fx
 from fhe_fx.ir import dialect as d
 from fhe_fx.ir.batch import BatchInterpreter
 from fhe_fx.ir.chains import MAX_WEIGHTS, AffineChain
-from fhe_fx.ir.ops import LINEAR, PUT_PAIRS, TAKE_PAIRS
+from fhe_fx.ir.ops import LINEAR
 from fhe_fx.ir.program import Program
 from fhe_fx.passes.base import Pass, register
 from fhe_fx.quant.bases import Bases, bases_of
-from fhe_fx.quant.rank import first, look_ups_of_matmul, relative_error
+from fhe_fx.quant.rank import first, look_ups_of_matmul, rank_error
 from fhe_fx.quant.sensitivity import sensitivities
 
 __all__ = ["ReduceChannels"]
@@ -40,7 +39,6 @@ __all__ = ["ReduceChannels"]
 _LEAST = 2
 """Channels that are always kept. What calibration has not seen finds a way through them; and with a
 single one each weight of x would meet one value alone, and be given a scale of its own."""
-_MOVES = d.STRUCTURAL - {d.CAT, PUT_PAIRS, TAKE_PAIRS}
 
 
 @register
@@ -75,7 +73,7 @@ class ReduceChannels(Pass):
         x, y = d.input_node(node), d.input_node(node, 1)
         mean = program.observed[x.name].mean(0)
         bases = _bases(program, node, mean)
-        error = _error(program, node, bases, mean)
+        error = rank_error(program, bases, lambda p: _Reduced(program.module, node, p, mean))
         rank = self._rank(program, node, error)
         channels = d.shape_of(node)[-1]
         if rank == channels:
@@ -119,21 +117,13 @@ def _reason_against(node: fx.Node) -> str | None:
     y = AffineChain.of(d.input_node(node, 1))
     if (reason := y.reason_against_one_product()) is not None:
         return reason
-    readers = _readers(node)
+    readers = d.readers(node)
     if any(not d.is_call(r, LINEAR) for r in readers):
         return "more than clear weights read it"
     n_weights = math.prod(d.shape_of(y.sources[0])) * max(math.prod(d.shape_of(r)) for r in readers)
     if n_weights > MAX_WEIGHTS:
         return f"the composed weights would be {n_weights:,} numbers"
     return None
-
-
-def _readers(node: fx.Node) -> set[fx.Node]:
-    """Return what reads the elements of a node, moved or not."""
-    found: set[fx.Node] = set()
-    for user in node.users:
-        found |= _readers(user) if d.is_call(user, *_MOVES) else {user}
-    return found
 
 
 def _bases(program: Program, node: fx.Node, mean: Tensor) -> Bases:
@@ -146,22 +136,6 @@ def _bases(program: Program, node: fx.Node, mean: Tensor) -> Bases:
     values = ((y * weights).mT @ y).mean(0)
     results = (gradient.mT @ gradient).mean(0)
     return bases_of(values, results)
-
-
-def _error(program: Program, node: fx.Node, bases: Bases, mean: Tensor) -> Callable[[int], float]:
-    """Return a function from ranks to the error of the results, in parts of their deviation."""
-    exact = [program.observed[n.name] for n in program.results]
-    inputs = program.stacked(program.samples)
-
-    @functools.cache
-    def error(rank: int) -> float:
-        left, right = bases.kept(rank)
-        projector = (left @ right.mT).float()
-        with torch.no_grad():
-            found = _Reduced(program.module, node, projector, mean).run(*inputs)
-        return relative_error(exact, found)
-
-    return error
 
 
 class _Reduced(BatchInterpreter):

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, fx
 
 from fhe_fx.ir import dialect as d
 
-__all__ = ["first", "look_ups_of_matmul", "relative_error"]
+if TYPE_CHECKING:
+    from fhe_fx.ir.batch import BatchInterpreter
+    from fhe_fx.ir.program import Program
+    from fhe_fx.quant.bases import Bases
+
+__all__ = ["first", "look_ups_of_matmul", "rank_error"]
 
 
 def first(numbers: range, holds: Callable[[int], bool]) -> int:
@@ -25,10 +33,30 @@ def look_ups_of_matmul(node: fx.Node) -> int:
     return math.prod(lead) * channels * (rows * columns + rows + columns)
 
 
-def relative_error(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Return the greatest rms error of a result, in parts of its deviation."""
-    errors = [
-        float((e - f).double().square().mean().sqrt() / e.double().std().clamp_min(1e-12))
-        for e, f in zip(exact, found, strict=True)
-    ]
-    return max(errors)
+def rank_error(
+    program: Program, bases: Bases, reduced: Callable[[Tensor], BatchInterpreter]
+) -> Callable[[int], float]:
+    """Return a function from ranks to the error of the results, on the samples.
+
+    Args:
+        program: with observed values.
+        bases: of which the first directions are kept.
+        reduced: runs the program with a projector `[*lead, K, K]` between both bases.
+
+    Returns:
+        Of each rank, the greatest rms error of a result in parts of its deviation.
+    """
+    exact = [program.observed[n.name] for n in program.results]
+    inputs = program.stacked(program.samples)
+
+    @functools.cache
+    def error(rank: int) -> float:
+        left, right = bases.kept(rank)
+        with torch.no_grad():
+            found = reduced((left @ right.mT).float()).run(*inputs)
+        return max(
+            float((e - f).double().square().mean().sqrt() / e.double().std().clamp_min(1e-12))
+            for e, f in zip(exact, found, strict=True)
+        )
+
+    return error

@@ -128,6 +128,18 @@ def test_nothing_of_one_width_that_keeps_to_the_budget_is_cheaper() -> None:
     assert _cost(program) <= 1.03 * min(uniform)  # the table is as exact
 
 
+@pytest.mark.parametrize(("spent", "kept"), [(0.8, 0.6), (2.0, 0.5)])
+def test_what_was_left_out_counts_against_what_is_allowed(spent: float, kept: float) -> None:
+    """Look-ups have the rest of the square, and a quarter of it whatever was spent."""
+    program = program_from(_function, SAMPLES, max_error=0.1)
+    passes = tuple(default_pipeline())
+    Pipeline(passes[: [p.name for p in passes].index("allot-bits")]).run(program)
+    program.left_out = (spent * 0.095) ** 2
+    AllotBits().run(program)
+    assert _squared_error(program) <= (kept * 0.095) ** 2
+    assert _squared_error(program) < _squared_error(_allotted(max_error=0.1))
+
+
 @pytest.mark.parametrize("max_error", [0.2, 0.05])
 def test_the_error_of_look_ups_is_what_was_allowed(max_error: float) -> None:
     predicted = _error(_allotted(max_error=max_error))

@@ -66,6 +66,13 @@ class _Beside(_Layers):
         return result
 
 
+class _Cancelled(_Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = torch.tensor([[1.0, -1, 0], [0, 0, 0], [-1, 1, 0]]) @ (self.first(x) * 0.0)
+        result: Tensor = (mixed @ self.second.weight.T).tanh()
+        return result
+
+
 class _Causal(_Layers):
     def forward(self, x: Tensor) -> Tensor:
         mean = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]])
@@ -132,3 +139,9 @@ def test_a_single_product_is_left_alone() -> None:
     program = program_from(nn.Linear(4, 2), SAMPLES)
     Pipeline((Normalize(),)).run(program)
     assert FuseLinears().run(program) is False
+
+
+def test_what_depends_on_no_row_is_zero_and_its_constant() -> None:
+    """Weights that cancel leave nothing to multiply."""
+    program = _fused(_Cancelled())
+    assert_close([torch.zeros(1)], [program(*SAMPLES[0])[0].std()[None]], "fuse-linears")

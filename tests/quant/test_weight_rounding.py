@@ -29,9 +29,9 @@ def _error(weight: Tensor, whole: Tensor, values: Tensor) -> float:
     return float((values @ (weight - whole)).square().mean())
 
 
-@pytest.mark.parametrize("n_in", [8, 100, 200])  # within a block of columns, and beyond one
+@pytest.mark.parametrize("n_in", [8, 100, 200, 1200])  # in a block of columns, several, in parts
 def test_sums_of_values_not_seen_err_less(n_in: int) -> None:
-    seen, fresh = _related(0, 800, n_in).split(400)
+    seen, fresh = _related(0, 4 * n_in + 400, n_in).split([4 * n_in, 400])
     weight = _weight(n_in, 5)
     whole = round_weights(weight, seen)
     assert whole.dtype == torch.int64
